@@ -1,0 +1,221 @@
+"""Read and write adapter folders. The only parser of adapter files, which are untrusted input.
+
+adapter_config.json        the fields of `SdctConfig`, `peft_type: "SDCT"`, `format_version`, and, for checks at load time,
+                           `shapes` (module -> [d_out, d_in]), `base_model_hash`, `base_model_dtype`
+adapter_model.safetensors  per module `<path>.sdct_values` float [n] and `<path>.sdct_indices` int32 [n, 2] (row, col);
+                           parameters of `modules_to_save` under their own names
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .adapter import BFLOAT16, DTYPE_NAMES, Array, SdctAdapter, SdctEntries
+from .config import FORMAT_VERSION, PEFT_TYPE, SdctConfig
+from .errors import AdapterFormatError, ConfigError
+from .files import new_folder
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+VALUES_SUFFIX = ".sdct_values"
+INDICES_SUFFIX = ".sdct_indices"
+MAX_CONFIG_BYTES = 4 << 20
+MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors format itself
+MAX_WEIGHTS_BYTES = 8 << 30
+
+_CONFIG_FIELDS = {field.name for field in dataclasses.fields(SdctConfig)}
+_FILE_FIELDS = {"peft_type", "format_version", "shapes", "base_model_hash", "base_model_dtype"}
+# written by PEFT into every adapter_config.json; they carry nothing that changes the result
+_PEFT_FIELDS = {"auto_mapping", "peft_version", "revision", "inference_mode", "library_name"}
+_NUMPY_OF = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16}
+_NUMPY_OF |= {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16), "I8": np.dtype(np.int8)}
+_NUMPY_OF |= {"U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_)}
+
+
+def load_adapter(path: str | Path) -> SdctAdapter:
+    """Read and validate an adapter folder.
+
+    Raises:
+        AdapterFormatError: naming the file, the module and what to do.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise AdapterFormatError(
+            f"{folder} is not a folder; an sDCT adapter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
+        )
+    raw = _read_config(folder / CONFIG_FILE)
+    weights = folder / WEIGHTS_FILE
+    try:
+        config = SdctConfig(**{key: value for key, value in raw.items() if key in _CONFIG_FIELDS})
+    except ConfigError as error:
+        raise AdapterFormatError(f"{folder / CONFIG_FILE}: {error}") from error
+    shapes = _read_shapes(raw.get("shapes"), folder / CONFIG_FILE)
+    tensors = read_safetensors(weights)
+    modules: dict[str, SdctEntries] = {}
+    for name in sorted(tensors):
+        if not name.endswith(VALUES_SUFFIX):
+            continue
+        module = name.removesuffix(VALUES_SUFFIX)
+        indices = tensors.get(module + INDICES_SUFFIX)
+        if indices is None:
+            raise AdapterFormatError(
+                f"{weights}: module {module!r} has values but no {module}{INDICES_SUFFIX}; save it again"
+            )
+        try:
+            modules[module] = SdctEntries(tensors[name], indices, shapes.get(module))
+        except AdapterFormatError as error:
+            raise AdapterFormatError(f"{weights}: module {module!r}: {error}") from None
+    saved: dict[str, Array] = {}
+    for name, array in tensors.items():
+        if name.endswith(INDICES_SUFFIX) and name.removesuffix(INDICES_SUFFIX) not in modules:
+            raise AdapterFormatError(f"{weights}: {name} has no matching {VALUES_SUFFIX[1:]}; save the adapter again")
+        if name.endswith((VALUES_SUFFIX, INDICES_SUFFIX)):
+            continue
+        if not any(config.saves(name.rsplit(".", depth)[0]) for depth in range(1, name.count(".") + 1)):
+            raise AdapterFormatError(
+                f"{weights}: unknown tensor {name!r}: not an sDCT entry and not part of modules_to_save "
+                f"({list(config.modules_to_save or [])}) in {CONFIG_FILE}"
+            )
+        if array.dtype not in DTYPE_NAMES.values():
+            raise AdapterFormatError(
+                f"{weights}: saved parameter {name!r} has dtype {array.dtype}; expected a float type"
+            )
+        saved[name] = array
+    unknown = sorted(set(shapes) - set(modules))
+    if unknown:
+        raise AdapterFormatError(f"{weights}: {CONFIG_FILE} lists module {unknown[0]!r}, but its tensors are missing")
+    hash_, dtype = raw.get("base_model_hash"), raw.get("base_model_dtype")
+    if hash_ is not None and (not isinstance(hash_, str) or dtype not in DTYPE_NAMES):
+        raise AdapterFormatError(
+            f"{folder / CONFIG_FILE}: base_model_hash needs a base_model_dtype of {', '.join(DTYPE_NAMES)}; got {dtype!r}"
+        )
+    try:
+        return SdctAdapter(config, modules, saved, hash_, dtype)
+    except AdapterFormatError as error:
+        raise AdapterFormatError(f"{weights}: {error}") from None
+
+
+def save_adapter(adapter: SdctAdapter, path: str | Path) -> None:
+    """Write an adapter folder, complete or not at all. The same adapter always gives the same bytes.
+
+    Raises:
+        OutputError: `path` exists already, or writing failed.
+    """
+    tensors: dict[str, Array] = dict(adapter.saved)
+    for module, entries in adapter.modules.items():
+        tensors[module + VALUES_SUFFIX] = entries.values
+        tensors[module + INDICES_SUFFIX] = entries.indices
+    raw: dict[str, Any] = {"peft_type": PEFT_TYPE, "format_version": FORMAT_VERSION} | adapter.config.to_dict()
+    raw["shapes"] = {module: list(e.shape) for module, e in adapter.modules.items() if e.shape is not None}
+    if adapter.base_hash is not None:
+        raw["base_model_hash"], raw["base_model_dtype"] = adapter.base_hash, adapter.base_dtype
+    with new_folder(path) as folder:
+        (folder / CONFIG_FILE).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
+        (folder / WEIGHTS_FILE).write_bytes(encode_safetensors(tensors))
+
+
+def read_safetensors(path: Path) -> dict[str, Array]:
+    """Tensors of a safetensors file as numpy arrays (bfloat16 through ml_dtypes), after checking its header.
+
+    `safetensors.numpy` validates offsets and overlaps; dtypes numpy lacks are viewed from the raw bytes.
+    """
+    from safetensors import SafetensorError, deserialize
+
+    try:
+        size = path.stat().st_size
+        if size > MAX_WEIGHTS_BYTES:
+            raise AdapterFormatError(
+                f"{path} is {size} bytes; an adapter of more than {MAX_WEIGHTS_BYTES} bytes is refused"
+            )
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise AdapterFormatError(f"{path} is missing; copy the whole adapter folder") from None
+    except OSError as error:
+        raise AdapterFormatError(f"{path} cannot be read: {error.strerror or error}") from error
+    if len(data) < 8 or struct.unpack("<Q", data[:8])[0] > min(len(data) - 8, MAX_HEADER_BYTES):
+        raise AdapterFormatError(
+            f"{path} is truncated or not a safetensors file ({len(data)} bytes); copy or save it again"
+        )
+    try:
+        parsed = deserialize(data)
+    except (SafetensorError, UnicodeDecodeError, ValueError) as error:
+        raise AdapterFormatError(
+            f"{path} is truncated or not a safetensors file ({error}); copy or save it again"
+        ) from None
+    tensors: dict[str, Array] = {}
+    for name, view in parsed:
+        dtype = _NUMPY_OF.get(view["dtype"])
+        if dtype is None:
+            raise AdapterFormatError(f"{path}: tensor {name!r} has unsupported dtype {view['dtype']}")
+        tensors[name] = np.frombuffer(bytes(view["data"]), dtype=dtype).reshape(view["shape"])
+    return tensors
+
+
+def encode_safetensors(tensors: dict[str, Array]) -> bytes:
+    """The bytes of a safetensors file with `tensors`, in sorted order, without metadata."""
+    from safetensors.numpy import save
+
+    for name, array in tensors.items():
+        if array.dtype not in _NUMPY_OF.values():
+            raise AdapterFormatError(f"tensor {name!r} has dtype {array.dtype}, which safetensors cannot hold")
+    return bytes(save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise AdapterFormatError(
+                f"{path} is larger than {MAX_CONFIG_BYTES} bytes; this is not an adapter configuration"
+            )
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterFormatError(f"{path} is missing; copy the whole adapter folder") from None
+    except OSError as error:
+        raise AdapterFormatError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise AdapterFormatError(f"{path} is not valid JSON ({error}); copy or save the adapter again") from error
+    if not isinstance(raw, dict):
+        raise AdapterFormatError(f"{path} must hold a JSON object, got {type(raw).__name__}")
+    if raw.get("peft_type") != PEFT_TYPE:
+        raise AdapterFormatError(
+            f"{path}: peft_type is {raw.get('peft_type')!r}, expected {PEFT_TYPE!r}; "
+            "convert other PEFT adapters with `sdct-export project --lora`"
+        )
+    version = raw.get("format_version", FORMAT_VERSION)
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise AdapterFormatError(f"{path}: format_version must be a positive integer, got {version!r}")
+    if version > FORMAT_VERSION:
+        raise AdapterFormatError(
+            f"{path}: format_version {version} is newer than this version reads ({FORMAT_VERSION}); upgrade sdct_export"
+        )
+    unknown = sorted(set(raw) - _CONFIG_FIELDS - _FILE_FIELDS - _PEFT_FIELDS)
+    if unknown:
+        raise AdapterFormatError(
+            f"{path}: unknown field {unknown[0]!r}; remove it, or upgrade sdct_export if a newer version wrote the file"
+        )
+    if "target_modules" not in raw:
+        raise AdapterFormatError(f"{path}: target_modules is missing; name the adapted modules")
+    return raw
+
+
+def _read_shapes(raw: object, path: Path) -> dict[str, tuple[int, int]]:
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise AdapterFormatError(f"{path}: shapes must map module names to [d_out, d_in], got {type(raw).__name__}")
+    shapes: dict[str, tuple[int, int]] = {}
+    for module, shape in raw.items():
+        if (
+            not isinstance(shape, list)
+            or len(shape) != 2
+            or not all(isinstance(d, int) and not isinstance(d, bool) and 0 < d < 2**31 for d in shape)
+        ):
+            raise AdapterFormatError(f"{path}: shape of module {module!r} must be [d_out, d_in], got {shape!r}")
+        shapes[module] = (shape[0], shape[1])
+    return shapes

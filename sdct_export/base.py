@@ -1,0 +1,152 @@
+"""Base models: load one for a task, find its linear layers, and check that an adapter fits it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .adapter import DTYPE_NAMES, Array, SdctAdapter, base_hash, check_fit
+from .errors import BaseMismatchError, UnsupportedError
+
+_AUTO_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "IMAGE_CLS": "AutoModelForImageClassification",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def load_base(
+    path: str | Path, task_type: str | None = None, *, dtype: torch.dtype | str = "auto", num_labels: int | None = None
+) -> nn.Module:
+    """Load a Hugging Face model in eval mode on the CPU.
+
+    Args:
+        path: checkpoint folder (or hub name).
+        task_type: chooses the model class, see `SdctConfig.task_type`; None takes the class the checkpoint names.
+        dtype: a torch dtype, or `auto` for the checkpoint's own.
+        num_labels: size of the classification head; only where the checkpoint has no trained head of another size.
+
+    Parameters the checkpoint lacks (a fresh task head) are set to zero, so that two loads give the same model.
+
+    Raises:
+        BaseMismatchError: the folder is no model checkpoint, or its head has another size than asked for.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+        if task_type is None:
+            name = (getattr(config, "architectures", None) or ["AutoModel"])[0]
+            loader = getattr(transformers, name, transformers.AutoModel)
+        else:
+            loader = getattr(transformers, _AUTO_CLASSES[task_type])
+        if num_labels is not None and num_labels != config.num_labels:
+            config.num_labels = num_labels
+        # a size mismatch is reported below, with what to do, instead of through transformers' own table
+        model, info = loader.from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BaseMismatchError(f"cannot load a base model from {path}: {error}") from error
+    mismatched = list(info["mismatched_keys"])
+    if mismatched:
+        raise BaseMismatchError(
+            f"the checkpoint {path} has a trained tensor of another size than needed: {mismatched[0]}; "
+            f"adapters with heads of {num_labels} labels need a base without a trained head of another size"
+        )
+    with torch.no_grad():
+        for key in info["missing_keys"]:
+            model.get_parameter(key).zero_()
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """`(d_out, d_in)` of a `Linear` or a GPT-2 `Conv1D`, None for any other module."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if is_conv1d(module):
+        d_in, d_out = module.weight.shape
+        return int(d_out), int(d_in)
+    return None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' `Conv1D`, a linear layer that stores its weight as `[d_in, d_out]`."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear module as a `[d_out, d_in]` view (writes reach the module)."""
+    weight = module.get_parameter("weight")
+    return weight.T if is_conv1d(module) else weight
+
+
+def find_linear(model: nn.Module, path: str) -> nn.Module:
+    """The linear module at `path`. Raises `BaseMismatchError` where it is missing, `UnsupportedError` where it is no linear."""
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        raise BaseMismatchError(
+            f"the base model {type(model).__name__} has no module {path!r}; use the base model (and the task class) "
+            "the adapter was trained on"
+        ) from None
+    if linear_shape(module) is None:
+        raise UnsupportedError(
+            f"module {path!r} is a {type(module).__name__}; only Linear and Conv1D layers can be adapted"
+        )
+    return module
+
+
+def to_numpy(tensor: Tensor) -> Array:
+    """A tensor as a numpy array of the same dtype, bfloat16 through ml_dtypes."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(DTYPE_NAMES["bfloat16"])
+    return tensor.numpy()
+
+
+def to_torch(array: Array) -> Tensor:
+    """A numpy array as a tensor of the same dtype that owns its memory, bfloat16 from ml_dtypes."""
+    if array.dtype == DTYPE_NAMES["bfloat16"]:
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+def model_hash(model: nn.Module, modules: Mapping[str, tuple[int, int]], dtype: str) -> str:
+    """`base_hash` of a torch model over `modules` (path -> shape), weights cast to `dtype`."""
+    return base_hash(lambda name: to_numpy(linear_weight(find_linear(model, name))), modules, dtype)
+
+
+def check_base(adapter: SdctAdapter, model: nn.Module, *, label: str = "the adapter") -> None:
+    """Raise `BaseMismatchError` unless every module of `adapter` exists in `model` with its shape and, where known, its weights."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for path, entries in adapter.modules.items():
+        shape = linear_shape(find_linear(model, path))
+        assert shape is not None
+        try:
+            check_fit(path, entries, shape)
+        except BaseMismatchError as error:
+            raise BaseMismatchError(f"{label}: {error}") from None
+        shapes[path] = shape
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    for name in adapter.saved:
+        if name not in parameters:
+            raise BaseMismatchError(
+                f"{label} stores {name!r}, which the base model {type(model).__name__} lacks; load the base with the task it "
+                "was trained for (task_type)"
+            )
+    if adapter.base_hash is not None and shapes:
+        found = model_hash(model, shapes, adapter.base_dtype or "float32")
+        if found != adapter.base_hash:
+            raise BaseMismatchError(
+                f"{label} was trained on other base weights (hash {adapter.base_hash[:19]}..., this base {found[:19]}...); use the "
+                f"base it was trained on ({adapter.config.base_model_name_or_path or 'unknown'})"
+            )

@@ -1,0 +1,190 @@
+"""`sdct_bundle.json`: what an exported folder holds. json and hashlib only, so that running a bundle needs no torch, no onnx.
+
+model.onnx (+ model.onnx.data)   the graph; sdct_bundle.json describes it
+adapters/<name>/                 adapter folders exported along with it; a merged export has none
+probe.safetensors                torch outputs on fixed inputs, recorded at export, for `sdct-export verify`
+tokenizer and config files       of the base, so that the folder can be served by itself
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import AdapterFormatError, ConfigError, VerificationError
+from .files import check_adapter_name
+
+BUNDLE_FILE = "sdct_bundle.json"
+MODEL_FILE = "model.onnx"
+ADAPTERS_FOLDER = "adapters"
+PROBE_FILE = "probe.safetensors"
+BUNDLE_VERSION = 1
+MAX_BUNDLE_BYTES = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output: name, numpy dtype name, shape of ints and symbolic names."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Adapted modules that read one tensor; bank `sdct.<name>.values [slots, sum(capacity)]` (see `contract`)."""
+
+    name: str
+    modules: tuple[str, ...]
+    d_in: int
+    d_out: tuple[int, ...]
+    capacity: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A saved linear module with banked parameters, weight `[slots, d_out, d_in]`."""
+
+    module: str
+    d_out: int
+    d_in: int
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterRecord:
+    """An adapter shipped in the bundle: `adapter_sha256` of its folder, and its label count where it has a head."""
+
+    sha256: str
+    labels: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """The description of an exported folder.
+
+    `kind` is `multi` or `merged`; `base_hash` is `adapter.base_hash` over all modules of `groups` (multi) with weights cast to
+    `base_hash_dtype`; `inputs` are the model's own, without the adapter inputs; `model_sha256` is of `model.onnx` itself.
+    """
+
+    kind: str
+    task: str
+    dtype: str
+    base_name: str
+    base_architecture: str
+    base_hash: str
+    base_hash_dtype: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    model_sha256: str
+    groups: tuple[Group, ...] = ()
+    heads: tuple[Head, ...] = ()
+    adapters: Mapping[str, AdapterRecord] = dataclasses.field(default_factory=dict)
+    path: Path = dataclasses.field(default=Path(), compare=False)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Bundle:
+        """Read and validate `path/sdct_bundle.json`. Raises `AdapterFormatError` naming the file, the field and what to do."""
+        folder = Path(path)
+        file = folder / BUNDLE_FILE
+        try:
+            if file.stat().st_size > MAX_BUNDLE_BYTES:
+                raise AdapterFormatError(
+                    f"{file} is larger than {MAX_BUNDLE_BYTES} bytes; this is no bundle description"
+                )
+            raw = json.loads(file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise AdapterFormatError(
+                f"{folder} is no bundle: {BUNDLE_FILE} is missing; export one with sdct-export"
+            ) from None
+        except OSError as error:
+            raise AdapterFormatError(f"{file} cannot be read: {error.strerror or error}") from error
+        except (ValueError, RecursionError) as error:
+            raise AdapterFormatError(f"{file} is not valid JSON ({error}); export the bundle again") from error
+        if not isinstance(raw, dict):
+            raise AdapterFormatError(f"{file} must hold a JSON object; export the bundle again")
+        version = raw.pop("format_version", None)
+        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+            raise AdapterFormatError(f"{file}: format_version must be a positive integer, got {version!r}")
+        if version > BUNDLE_VERSION:
+            raise AdapterFormatError(
+                f"{file}: format_version {version} is newer than this version reads ({BUNDLE_VERSION}); upgrade sdct_export"
+            )
+        try:
+            return cls(**_parse(raw), path=folder)
+        except (TypeError, KeyError, ValueError, AttributeError, ConfigError) as error:
+            raise AdapterFormatError(f"{file}: damaged description ({error}); export the bundle again") from error
+
+    def write(self, folder: Path) -> None:
+        """Write `sdct_bundle.json` into `folder`."""
+        raw = {"format_version": BUNDLE_VERSION} | dataclasses.asdict(self)
+        del raw["path"]
+        (folder / BUNDLE_FILE).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
+
+    @property
+    def model_path(self) -> Path:
+        """The ONNX file."""
+        return self.path / MODEL_FILE
+
+    def adapter_path(self, name: str) -> Path:
+        """Folder of a shipped adapter."""
+        return self.path / ADAPTERS_FOLDER / name
+
+    def check_adapter(self, name: str) -> None:
+        """Raise `VerificationError` unless the files of a shipped adapter still have their recorded hash."""
+        if adapter_sha256(self.adapter_path(name)) != self.adapters[name].sha256:
+            raise VerificationError(
+                f"{self.adapter_path(name)}: adapter {name!r} differs from what was exported (sha256 mismatch); "
+                "export the bundle again, or load the changed adapter by its own path"
+            )
+
+
+def adapter_sha256(folder: Path) -> str:
+    """sha256 over an adapter folder's two files, each preceded by its length."""
+    digest = hashlib.sha256()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        try:
+            data = (folder / name).read_bytes()
+        except OSError as error:
+            raise AdapterFormatError(f"{folder / name} cannot be read: {error.strerror or error}") from error
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _parse(raw: dict[str, Any]) -> dict[str, Any]:
+    if raw["kind"] not in ("multi", "merged"):
+        raise ValueError(f"kind must be multi or merged, got {raw['kind']!r}")
+    fields = dict(raw)
+    for name in ("inputs", "outputs"):
+        fields[name] = tuple(TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in raw[name])
+    fields["groups"] = tuple(_group(g) for g in raw["groups"])
+    fields["heads"] = tuple(Head(h["module"], int(h["d_out"]), int(h["d_in"])) for h in raw["heads"])
+    fields["adapters"] = {check_adapter_name(n): AdapterRecord(**record) for n, record in raw["adapters"].items()}
+    return fields
+
+
+def _group(raw: dict[str, Any]) -> Group:
+    group = Group(
+        raw["name"],
+        tuple(raw["modules"]),
+        int(raw["d_in"]),
+        tuple(map(int, raw["d_out"])),
+        tuple(map(int, raw["capacity"])),
+    )
+    if not len(group.modules) == len(group.d_out) == len(group.capacity) or min(group.capacity, default=0) < 1:
+        raise ValueError(f"group {group.name!r} needs one d_out and one positive capacity for each module")
+    return group

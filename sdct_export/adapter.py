@@ -1,4 +1,4 @@
-"""`SdctAdapter`: one trained adapter in memory, frozen and valid from the moment it exists. numpy only; torch on demand."""
+"""`SdctAdapter`: one trained adapter in memory, frozen and valid once it exists. numpy only; torch on demand."""
 
 from __future__ import annotations
 
@@ -106,7 +106,10 @@ class SdctAdapter:
         return load_adapter(path)
 
     def save(self, path: str | Path) -> None:
-        """Write the adapter folder `path`, complete or not at all. Raises `OutputError` where it exists or cannot be written."""
+        """Write the adapter folder `path`, complete or not at all.
+
+        Raises `OutputError` where it exists or cannot be written.
+        """
         from .adapter_io import save_adapter
 
         save_adapter(self, path)
@@ -156,30 +159,41 @@ def check_fit(module: str, entries: SdctEntries, shape: tuple[int, int]) -> None
     if entries.n and (entries.indices.max(axis=0) >= np.array(shape)).any():
         row, col = entries.indices.max(axis=0)
         raise BaseMismatchError(
-            f"module {module!r} is {shape[0]} x {shape[1]} in the base but the adapter has indices up to ({row}, {col}); "
-            "use the base model the adapter was trained on"
+            f"module {module!r} is {shape[0]} x {shape[1]} in the base but the adapter has indices up to "
+            f"({row}, {col}); use the base model the adapter was trained on"
         )
 
 
 def base_hash(weight: Callable[[str], Array], modules: Mapping[str, tuple[int, int]], dtype: str) -> str:
     """Identity of a base model as seen by the modules an adapter touches: `sha256:<hex>`.
 
-    Hashes, in sorted order, each module's path, its shape and an evenly strided sample of at most 65536 elements of its
-    weight, cast to `dtype` (so that a bfloat16 checkpoint loaded as float32 for training still hashes the same).
+    A hash over the `module_digest` of each module, so that whoever keeps the digests of all modules can form the hash
+    that any adapter recorded over its own.
 
     Args:
         weight: module path -> weight `[d_out, d_in]` in the layout of `torch.nn.Linear` (numpy or ml_dtypes).
         modules: module path -> `(d_out, d_in)`.
         dtype: `float64`, `float32`, `float16` or `bfloat16`.
     """
-    digest = hashlib.sha256()
-    for name, shape in sorted(modules.items()):
-        array = weight(name)
-        flat = array.reshape(-1)
+    return combine_digests({name: module_digest(name, weight(name), shape, dtype) for name, shape in modules.items()})
+
+
+def module_digest(name: str, weight: Array, shape: tuple[int, int], dtype: str) -> str:
+    """sha256 of a module's path, shape and an evenly strided sample of at most 65536 elements of its weight.
+
+    The sample is cast to `dtype`, so that a bfloat16 checkpoint loaded as float32 for training still hashes the same.
+    """
+    flat = weight.reshape(-1)
+    with np.errstate(over="ignore"):  # a weight beyond float16's range hashes as infinite, alike everywhere
         sample = flat[:: max(1, math.ceil(flat.size / HASHED_ELEMENTS))].astype(DTYPE_NAMES[dtype])
-        digest.update(f"{name}\0{shape[0]}x{shape[1]}\0".encode())
-        digest.update(np.ascontiguousarray(sample).tobytes())
-    return f"sha256:{digest.hexdigest()}"
+    digest = hashlib.sha256(f"{name}\0{shape[0]}x{shape[1]}\0".encode())
+    digest.update(np.ascontiguousarray(sample).tobytes())
+    return digest.hexdigest()
+
+
+def combine_digests(digests: Mapping[str, str]) -> str:
+    """`base_hash` of the modules in `digests` (module path -> `module_digest`), in sorted order."""
+    return f"sha256:{hashlib.sha256(''.join(digests[name] for name in sorted(digests)).encode()).hexdigest()}"
 
 
 def _entries_problem(values: Array, indices: Array, shape: tuple[int, int] | None) -> str | None:
@@ -205,5 +219,5 @@ def _entries_problem(values: Array, indices: Array, shape: tuple[int, int] | Non
     unique, counts = np.unique(keys, return_counts=True)
     if unique.size != keys.size:
         key = int(unique[counts > 1][0])
-        return f"index ({key >> 32}, {key & 0xFFFFFFFF}) appears more than once; add the repeated values up into one entry"
+        return f"index ({key >> 32}, {key & 0xFFFFFFFF}) is repeated; add the values of such entries up into one"
     return None

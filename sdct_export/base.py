@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .adapter import DTYPE_NAMES, Array, SdctAdapter, base_hash, check_fit
+from .adapter import DTYPE_NAMES, Array, SdctAdapter, base_hash, check_fit, module_digest
 from .errors import BaseMismatchError, UnsupportedError
 
 _AUTO_CLASSES = {
@@ -73,7 +73,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     if is_conv1d(module):
-        d_in, d_out = module.weight.shape
+        d_in, d_out = module.get_parameter("weight").shape
         return int(d_out), int(d_in)
     return None
 
@@ -90,7 +90,12 @@ def linear_weight(module: nn.Module) -> Tensor:
 
 
 def find_linear(model: nn.Module, path: str) -> nn.Module:
-    """The linear module at `path`. Raises `BaseMismatchError` where it is missing, `UnsupportedError` where it is no linear."""
+    """The linear module at `path`.
+
+    Raises:
+        BaseMismatchError: the model has no such module.
+        UnsupportedError: the module is not linear.
+    """
     try:
         module = model.get_submodule(path)
     except AttributeError:
@@ -125,8 +130,21 @@ def model_hash(model: nn.Module, modules: Mapping[str, tuple[int, int]], dtype: 
     return base_hash(lambda name: to_numpy(linear_weight(find_linear(model, name))), modules, dtype)
 
 
+def model_digests(model: nn.Module, modules: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, str]]:
+    """Dtype name -> module path -> `module_digest`, what a bundle records of its base (`Bundle.module_digests`).
+
+    Take them from the base as loaded, before any cast for export: then an adapter's hash compares whatever dtype it was
+    trained in.
+    """
+    weights = {name: to_numpy(linear_weight(find_linear(model, name))) for name in modules}
+    return {
+        dtype: {name: module_digest(name, weights[name], shape, dtype) for name, shape in modules.items()}
+        for dtype in DTYPE_NAMES
+    }
+
+
 def check_base(adapter: SdctAdapter, model: nn.Module, *, label: str = "the adapter") -> None:
-    """Raise `BaseMismatchError` unless every module of `adapter` exists in `model` with its shape and, where known, its weights."""
+    """Raise `BaseMismatchError` unless `model` has all modules of `adapter`, in their shapes and with known weights."""
     shapes: dict[str, tuple[int, int]] = {}
     for path, entries in adapter.modules.items():
         shape = linear_shape(find_linear(model, path))
@@ -140,13 +158,14 @@ def check_base(adapter: SdctAdapter, model: nn.Module, *, label: str = "the adap
     for name in adapter.saved:
         if name not in parameters:
             raise BaseMismatchError(
-                f"{label} stores {name!r}, which the base model {type(model).__name__} lacks; load the base with the task it "
-                "was trained for (task_type)"
+                f"{label} stores {name!r}, which the base model {type(model).__name__} lacks; load the base with the "
+                "task it was trained for (task_type)"
             )
     if adapter.base_hash is not None and shapes:
         found = model_hash(model, shapes, adapter.base_dtype or "float32")
         if found != adapter.base_hash:
             raise BaseMismatchError(
-                f"{label} was trained on other base weights (hash {adapter.base_hash[:19]}..., this base {found[:19]}...); use the "
-                f"base it was trained on ({adapter.config.base_model_name_or_path or 'unknown'})"
+                f"{label} was trained on other base weights (hash {adapter.base_hash[:19]}..., this base "
+                f"{found[:19]}...); use the base it was trained on "
+                f"({adapter.config.base_model_name_or_path or 'unknown'})"
             )

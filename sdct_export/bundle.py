@@ -1,4 +1,4 @@
-"""`sdct_bundle.json`: what an exported folder holds. json and hashlib only, so that running a bundle needs no torch, no onnx.
+"""`sdct_bundle.json`: what an exported folder holds. json and numpy only: running a bundle needs neither torch nor onnx.
 
 model.onnx (+ model.onnx.data)   the graph; sdct_bundle.json describes it
 adapters/<name>/                 adapter folders exported along with it; a merged export has none
@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .adapter import DTYPE_NAMES
 from .errors import AdapterFormatError, ConfigError, VerificationError
 from .files import check_adapter_name
 
@@ -67,8 +68,10 @@ class AdapterRecord:
 class Bundle:
     """The description of an exported folder.
 
-    `kind` is `multi` or `merged`; `base_hash` is `adapter.base_hash` over all modules of `groups` (multi) with weights cast to
-    `base_hash_dtype`; `inputs` are the model's own, without the adapter inputs; `model_sha256` is of `model.onnx` itself.
+    `kind` is `multi` or `merged`; `base_hash` is `adapter.base_hash` over all modules of `groups` (multi) with weights
+    cast to `base_hash_dtype`; `module_digests` (dtype name -> module -> digest, from `base.model_digests`) lets an adapter's
+    own base hash be compared when it is loaded later; `inputs` are the model's own, without the adapter inputs;
+    `model_sha256` is of `model.onnx` itself.
     """
 
     kind: str
@@ -84,11 +87,15 @@ class Bundle:
     groups: tuple[Group, ...] = ()
     heads: tuple[Head, ...] = ()
     adapters: Mapping[str, AdapterRecord] = dataclasses.field(default_factory=dict)
+    module_digests: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     path: Path = dataclasses.field(default=Path(), compare=False)
 
     @classmethod
     def load(cls, path: str | Path) -> Bundle:
-        """Read and validate `path/sdct_bundle.json`. Raises `AdapterFormatError` naming the file, the field and what to do."""
+        """Read and validate `path/sdct_bundle.json`.
+
+        Raises `AdapterFormatError` naming the file, the field and what to do.
+        """
         folder = Path(path)
         file = folder / BUNDLE_FILE
         try:
@@ -112,7 +119,8 @@ class Bundle:
             raise AdapterFormatError(f"{file}: format_version must be a positive integer, got {version!r}")
         if version > BUNDLE_VERSION:
             raise AdapterFormatError(
-                f"{file}: format_version {version} is newer than this version reads ({BUNDLE_VERSION}); upgrade sdct_export"
+                f"{file}: format_version {version} is newer than this version reads ({BUNDLE_VERSION}); "
+                "upgrade sdct_export"
             )
         try:
             return cls(**_parse(raw), path=folder)
@@ -174,6 +182,10 @@ def _parse(raw: dict[str, Any]) -> dict[str, Any]:
     fields["groups"] = tuple(_group(g) for g in raw["groups"])
     fields["heads"] = tuple(Head(h["module"], int(h["d_out"]), int(h["d_in"])) for h in raw["heads"])
     fields["adapters"] = {check_adapter_name(n): AdapterRecord(**record) for n, record in raw["adapters"].items()}
+    for dtype in DTYPE_NAMES if fields["groups"] else ():
+        for module in (m for group in fields["groups"] for m in group.modules):
+            if not isinstance(raw["module_digests"][dtype][module], str):
+                raise ValueError(f"module_digests has no {dtype} digest of module {module!r}")
     return fields
 
 

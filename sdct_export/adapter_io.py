@@ -1,7 +1,7 @@
 """Read and write adapter folders. The only parser of adapter files, which are untrusted input.
 
-adapter_config.json        the fields of `SdctConfig`, `peft_type: "SDCT"`, `format_version`, and, for checks at load time,
-                           `shapes` (module -> [d_out, d_in]), `base_model_hash`, `base_model_dtype`
+adapter_config.json        the fields of `SdctConfig`, `peft_type: "SDCT"`, `format_version`, and, for checks at load
+                           time, `shapes` (module -> [d_out, d_in]), `base_model_hash`, `base_model_dtype`
 adapter_model.safetensors  per module `<path>.sdct_values` float [n] and `<path>.sdct_indices` int32 [n, 2] (row, col);
                            parameters of `modules_to_save` under their own names
 """
@@ -93,7 +93,8 @@ def load_adapter(path: str | Path) -> SdctAdapter:
     hash_, dtype = raw.get("base_model_hash"), raw.get("base_model_dtype")
     if hash_ is not None and (not isinstance(hash_, str) or dtype not in DTYPE_NAMES):
         raise AdapterFormatError(
-            f"{folder / CONFIG_FILE}: base_model_hash needs a base_model_dtype of {', '.join(DTYPE_NAMES)}; got {dtype!r}"
+            f"{folder / CONFIG_FILE}: base_model_hash needs a base_model_dtype of {', '.join(DTYPE_NAMES)}; "
+            f"got {dtype!r}"
         )
     try:
         return SdctAdapter(config, modules, saved, hash_, dtype)
@@ -143,7 +144,7 @@ def read_safetensors(path: Path) -> dict[str, Array]:
             f"{path} is truncated or not a safetensors file ({len(data)} bytes); copy or save it again"
         )
     try:
-        parsed = deserialize(data)
+        parsed = deserialize(data)  # type: ignore[no-untyped-call]
     except (SafetensorError, UnicodeDecodeError, ValueError) as error:
         raise AdapterFormatError(
             f"{path} is truncated or not a safetensors file ({error}); copy or save it again"
@@ -192,12 +193,13 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise AdapterFormatError(f"{path}: format_version must be a positive integer, got {version!r}")
     if version > FORMAT_VERSION:
         raise AdapterFormatError(
-            f"{path}: format_version {version} is newer than this version reads ({FORMAT_VERSION}); upgrade sdct_export"
+            f"{path}: format_version {version} is newer than this version reads ({FORMAT_VERSION}); "
+            "upgrade sdct_export"
         )
     unknown = sorted(set(raw) - _CONFIG_FIELDS - _FILE_FIELDS - _PEFT_FIELDS)
     if unknown:
         raise AdapterFormatError(
-            f"{path}: unknown field {unknown[0]!r}; remove it, or upgrade sdct_export if a newer version wrote the file"
+            f"{path}: unknown field {unknown[0]!r}; remove it, or upgrade sdct_export if a newer version wrote it"
         )
     if "target_modules" not in raw:
         raise AdapterFormatError(f"{path}: target_modules is missing; name the adapted modules")

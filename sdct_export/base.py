@@ -133,8 +133,8 @@ def model_hash(model: nn.Module, modules: Mapping[str, tuple[int, int]], dtype: 
 def model_digests(model: nn.Module, modules: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, str]]:
     """Dtype name -> module path -> `module_digest`, what a bundle records of its base (`Bundle.module_digests`).
 
-    Take them from the base as loaded, before any cast for export: then an adapter's hash compares whatever dtype it was
-    trained in.
+    Take them from the base as loaded, before any cast for export: then an adapter's hash compares whatever dtype it
+    was trained in.
     """
     weights = {name: to_numpy(linear_weight(find_linear(model, name))) for name in modules}
     return {
@@ -144,7 +144,7 @@ def model_digests(model: nn.Module, modules: Mapping[str, tuple[int, int]]) -> d
 
 
 def check_base(adapter: SdctAdapter, model: nn.Module, *, label: str = "the adapter") -> None:
-    """Raise `BaseMismatchError` unless `model` has all modules of `adapter`, in their shapes and with known weights."""
+    """Raise `BaseMismatchError` unless `model` has all modules of `adapter`, in their shapes and weights."""
     shapes: dict[str, tuple[int, int]] = {}
     for path, entries in adapter.modules.items():
         shape = linear_shape(find_linear(model, path))

@@ -1,4 +1,4 @@
-"""`sdct_bundle.json`: what an exported folder holds. json and numpy only: running a bundle needs neither torch nor onnx.
+"""`sdct_bundle.json`: what an exported folder holds. json and numpy only: running a bundle needs no torch, no onnx.
 
 model.onnx (+ model.onnx.data)   the graph; sdct_bundle.json describes it
 adapters/<name>/                 adapter folders exported along with it; a merged export has none
@@ -69,9 +69,9 @@ class Bundle:
     """The description of an exported folder.
 
     `kind` is `multi` or `merged`; `base_hash` is `adapter.base_hash` over all modules of `groups` (multi) with weights
-    cast to `base_hash_dtype`; `module_digests` (dtype name -> module -> digest, from `base.model_digests`) lets an adapter's
-    own base hash be compared when it is loaded later; `inputs` are the model's own, without the adapter inputs;
-    `model_sha256` is of `model.onnx` itself.
+    cast to `base_hash_dtype`; `module_digests` (dtype name -> module -> digest, from `base.model_digests`) lets an
+    adapter's own base hash be compared when it is loaded later; `inputs` are the model's own, without the adapter
+    inputs; `model_sha256` is of `model.onnx` itself.
     """
 
     kind: str

@@ -20,18 +20,18 @@ TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM", "FEATURE_EXTRACTION", "IMAGE_
 class SdctConfig:
     """Settings of one sDCT adapter.
 
-    The weight update of an adapted linear layer is `dW = scaling * C_out^T F C_in` with orthonormal DCT-II matrices `C` and a
-    sparse `F` of `n_coefficients` entries.
+    The weight update of an adapted linear layer is `dW = scaling * C_out^T F C_in` with orthonormal DCT-II matrices
+    `C` and a sparse `F` of `n_coefficients` entries.
 
     Args:
-        target_modules: names of the linear layers to adapt. A list matches a module whose path equals an item or ends with
-            `"." + item`; a string is a regular expression that must match the whole path.
-        n_coefficients: trained coefficients per matrix (700 reproduces the counts published for MaCP, arXiv 2410.09103).
+        target_modules: names of the linear layers to adapt. A list matches a module whose path equals an item or ends
+            with `"." + item`; a string is a regular expression that must match the whole path.
+        n_coefficients: trained coefficients per matrix (700 gives the counts published for MaCP, arXiv 2410.09103).
         scaling: factor on every coefficient. With orthonormal transforms only `scaling * learning rate` matters to an
             optimiser such as Adam; with the default of 1.0 use a learning rate near 1e-2.
-        selection: how coefficients are chosen. `energy`: per distance band, a fraction `delta` where the 2-D DCT of the
-            pretrained weight is largest, the rest at random; `top`: largest of a given weight change; `random`; `low`:
-            lowest frequencies.
+        selection: how coefficients are chosen. `energy`: per distance band, a fraction `delta` where the 2-D DCT of
+            the pretrained weight is largest, the rest at random; `top`: largest of a given weight change; `random`;
+            `low`: lowest frequencies.
         delta: fraction of each band taken by magnitude (`energy` only), in [0, 1].
         bands: number of distance bands (`energy` and `top`), 3 in the paper.
         seed: seed of the random part. Files hold resolved indices, so a file never depends on it.

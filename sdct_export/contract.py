@@ -1,9 +1,9 @@
-"""The contract of a multi-adapter graph: names, shapes and layout shared by graph surgery, native operator, plugin and runtime.
+"""The contract of a multi-adapter graph: names, shapes, layout; one truth for graph, operator, plugin and runtime.
 
 A *group* is the set of adapted linear layers that read the same tensor `x`. One node per group:
 
-    domain  sdct                 op_type SpectralDelta        (one `overload` per signature; a model-local function of the
-                                                                same domain, name and overload is its portable body)
+    domain  sdct                 op_type SpectralDelta        (one `overload` per signature; a model-local function of
+                                                               the same domain, name and overload is its portable body)
     inputs  x               [batch, ..., d_in]  or [batch * tokens, d_in], row-major   float16 | bfloat16 | float32
             adapter_ids     [batch, k]          int32    bank slots, 0 = none
             adapter_scales  [batch, k]          float32
@@ -13,22 +13,25 @@ A *group* is the set of adapted linear layers that read the same tensor `x`. One
     outputs y_1' ... y_m'   same shapes and dtypes
     attributes  d_in int, d_out [int] * m, capacity [int] * m
 
-`n = sum(capacity)`: projection `j` owns the columns `offset_j ... offset_j + capacity_j` of a slot, `offset_j` the sum of the
-capacities before it; its rows count from 0 within its own `d_out_j`. Within a projection entries are sorted by row, then col;
-unused places follow at its end with value 0 and the indices of its last entry (0, 0 where it has none), so rows never fall.
+`n = sum(capacity)`: projection `j` owns the columns `offset_j ... offset_j + capacity_j` of a slot, `offset_j` the
+sum of the capacities before it; its rows count from 0 within its own `d_out_j`. Within a projection entries are
+sorted by row, then col; unused places follow at its end with value 0 and the indices of its last entry (0, 0 where
+it has none), so rows never fall.
 
-    y_j' = y_j + IDCT( sum_k scale_k * scatter_add_row( value * gather_col( DCT(x) ) ) )     in float32, rounded once to y's dtype
+    y_j' = y_j + IDCT( sum_k scale_k * scatter_add_row( value * gather_col( DCT(x) ) ) )     in float32,
+           rounded once to the dtype of y_j
 
 A row whose ids are all 0 returns `y_j` unchanged, bit for bit. Ids outside `0 .. slots - 1` are refused before a run.
 
 Saved linear modules (`modules_to_save`) are banked per module: `sdct.<module>.weight [slots, d_out, d_in]` and
 `sdct.<module>.bias [slots, d_out]` in the dtype of the model, applied linearly like every weight change:
 
-    y' = (1 - sum_k s_k) y + sum_k s_k (W_k x + b_k),   k over the ids that are not 0 and whose adapter saves the module
+    y' = (1 - sum_k s_k) y + sum_k s_k (W_k x + b_k),   k over the ids that are not 0 whose adapter saves the module
 
-where `s_k = scale_k * present[id_k]` and `sdct.<module>.present [slots]` float32 is 1 where the slot's adapter saves the
-module, else 0. Rows with every `s_k = 0` keep `y` bit for bit. An adapter with fewer labels than the bank's `d_out` has weight
-0 and bias `finfo(dtype).min / 2` in the columns beyond its own, so that neither argmax nor softmax ever picks them.
+where `s_k = scale_k * present[id_k]` and `sdct.<module>.present [slots]` float32 is 1 where the slot's adapter saves
+the module, else 0. Rows with every `s_k = 0` keep `y` bit for bit. An adapter with fewer labels than the bank's
+`d_out` has weight 0 and bias `finfo(dtype).min / 2` in the columns beyond its own, so that neither argmax nor
+softmax ever picks them.
 """
 
 from __future__ import annotations

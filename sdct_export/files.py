@@ -19,7 +19,8 @@ def check_adapter_name(name: object) -> str:
     """`name` if it can name an adapter (letters, digits, `_`, `-`; at most 128; no dots, slashes or spaces)."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(
-            f"adapter name {name!r} is not allowed; use 1 to 128 letters, digits, '_' or '-', starting with a letter or digit"
+            f"adapter name {name!r} is not allowed; use 1 to 128 letters, digits, '_' or '-', "
+            "starting with a letter or digit"
         )
     return name
 

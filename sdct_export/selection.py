@@ -1,8 +1,9 @@
 """Which coefficients an adapter holds: distance bands and the ways to choose within them.
 
-With `d = sqrt(row^2 + col^2)` the distance of a coefficient from the zero frequency, `d_max = sqrt((d_out-1)^2 + (d_in-1)^2)`
-the largest distance in the matrix (its far corner), band `j` of `b` holds `j d_max / b <= d < (j+1) d_max / b`; the far
-corner belongs to the last band (MaCP, arXiv 2410.09103, with its three bands made a parameter).
+With `d = sqrt(row^2 + col^2)` the distance of a coefficient from the zero frequency and
+`d_max = sqrt((d_out-1)^2 + (d_in-1)^2)` the largest distance in the matrix (its far corner), band `j` of `b` holds
+`j d_max / b <= d < (j+1) d_max / b`; the far corner belongs to the last band (MaCP, arXiv 2410.09103, with its three
+bands made a parameter).
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def _by_band(
     members = [np.flatnonzero(band_of == j) for j in range(bands)]
     chosen = []
     for inside, quota in zip(members, band_quotas(n, [len(m) for m in members]), strict=True):
-        by_magnitude = int(round(fraction * quota))
+        by_magnitude = round(fraction * quota)
         order = (
             np.argpartition(magnitude[inside], len(inside) - by_magnitude) if by_magnitude else np.arange(len(inside))
         )

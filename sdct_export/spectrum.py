@@ -40,7 +40,7 @@ def dct_matrix(length: int, *, dtype: torch.dtype = torch.float64, device: torch
 
 @lru_cache(maxsize=64)
 def _plan(length: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Permutation `[N]` (even samples rising, odd samples falling), its inverse, and scaled twiddles `[N // 2 + 1]`."""
+    """Permutation `[N]` (even samples rising, odd falling), its inverse, and scaled twiddles `[N // 2 + 1]`."""
     order = torch.cat([torch.arange(0, length, 2), torch.arange(1, length, 2).flip(0)])
     k = torch.arange(length // 2 + 1, dtype=torch.float64)
     scale = torch.full_like(k, math.sqrt(2 / length))
@@ -67,10 +67,11 @@ def _inverse(spectrum: Tensor) -> Tensor:
     imag[..., 1 : (n + 1) // 2] = -spectrum[..., half:].flip(-1)
     if n % 2 == 0:
         imag[..., n // 2] = -spectrum[..., n // 2]
-    # with s_k the scale inside the twiddle t_k: V_k = (X_k - i X_{N-k}) / (s_k e^{-i pi k / 2N}) = (...) conj(t_k) / s_k^2
+    # with s_k the scale inside the twiddle t_k:
+    # V_k = (X_k - i X_{N-k}) / (s_k e^{-i pi k / 2N}) = (X_k - i X_{N-k}) conj(t_k) / s_k^2
     weight = torch.full((half,), n / 2, dtype=real.dtype, device=real.device)
     weight[0] = n
-    v = torch.fft.irfft(torch.complex(real, imag) * (twiddle.conj() * weight), n=n)
+    v: Tensor = torch.fft.irfft(torch.complex(real, imag) * (twiddle.conj() * weight), n=n)
     return v.index_select(-1, restore)
 
 
@@ -89,7 +90,11 @@ class _Orthonormal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _Orthonormal.apply(grads[0], not ctx.inverse), None
+        return _orthonormal(grads[0], not ctx.inverse), None
+
+
+def _orthonormal(x: Tensor, inverse: bool) -> Tensor:
+    return _Orthonormal.apply(x, inverse)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _transform(x: Tensor, dim: int, inverse: bool) -> Tensor:
@@ -98,8 +103,7 @@ def _transform(x: Tensor, dim: int, inverse: bool) -> Tensor:
     if x.ndim == 0 or x.shape[dim] == 0:
         raise ConfigError(f"a DCT needs at least one element along dim {dim}, got shape {tuple(x.shape)}")
     work = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    out: Tensor = _Orthonormal.apply(work.transpose(dim, -1), inverse)
-    return out.transpose(dim, -1).to(x.dtype)
+    return _orthonormal(work.transpose(dim, -1), inverse).transpose(dim, -1).to(x.dtype)
 
 
 def dct(x: Tensor, dim: int = -1) -> Tensor:

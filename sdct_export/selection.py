@@ -30,18 +30,18 @@ def band_map(shape: tuple[int, int], bands: int) -> npt.NDArray[np.uint8]:
 
 
 def band_quotas(n: int, sizes: list[int]) -> list[int]:
-    """Split `n` equally over bands of the given sizes; what a small band cannot hold goes to the next bands with room.
+    """Split `n` over bands of the given sizes as equally as they allow; what small bands cannot hold the others share.
 
-    The remainder of an uneven division goes to the lowest bands.
+    The remainder of an uneven division goes to the lowest bands with room.
     """
     if n > sum(sizes):
         raise ConfigError(f"{n} coefficients asked of a matrix that has only {sum(sizes)}; lower n_coefficients")
     quotas = [0] * len(sizes)
     while (left := n - sum(quotas)) > 0:
-        room = [j for j, size in enumerate(sizes) if quotas[j] < size]
-        share, extra = divmod(left, len(room))
-        for rank, j in enumerate(room):
-            quotas[j] = min(sizes[j], quotas[j] + share + (rank < extra))
+        room = [j for j, size in enumerate(sizes) if quotas[j] < size]  # all of them stand at the same level
+        step = min(left // len(room), min(sizes[j] - quotas[j] for j in room))
+        for j in room if step else room[:left]:
+            quotas[j] += step or 1
     return quotas
 
 

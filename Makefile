@@ -1,0 +1,47 @@
+# `make demo` and `make test` are all a user needs; each prepares .venv on its first run.
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test style quality bench clean
+
+help:
+	@echo 'make demo      train, export, run and verify adapters on a real model (a few minutes)'
+	@echo 'make test      run the tests; ARGS="--slow -k merge" passes options to pytest'
+	@echo 'make quality   check style and types; make style repairs what can be repaired'
+	@echo 'make bench     run every benchmark'
+	@echo 'make clean     remove .venv and caches'
+	@echo 'PYTHON=python3.12 chooses the interpreter for .venv (3.10 or newer)'
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+# one thread per worker: the suite is many small models, and two workers share the cores better than two thread pools
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+style: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+# installed again only when what it is made from changes
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("sdct_export needs Python 3.10 or newer; set PYTHON=..." if sys.version_info < (3, 10) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,peft,plot]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,34 @@
+"""Markers, their reasons and settings every test shares, in one place. Nothing here imports torch or touches CUDA."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download something fails at once
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+# shared machines stall for seconds; examples are reproducible so that a failure in CI is one here
+settings.register_profile("sdct", deadline=None, derandomize=True)
+settings.load_profile("sdct")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    gpu = Path("/dev/nvidiactl").exists() or Path("/dev/nvhost-gpu").exists()
+    missing = {
+        "gpu": None if gpu else "no NVIDIA GPU on this machine",
+        "trt": None if importlib.util.find_spec("tensorrt") else "the package tensorrt is not installed",
+        "slow": None if config.getoption("--slow") else "slow; pass --slow to run it",
+    }
+    for item in items:
+        for marker, reason in missing.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))

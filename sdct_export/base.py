@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,7 @@ def load_base(
     transformers.utils.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(path)
-        if task_type is None:
-            name = (getattr(config, "architectures", None) or ["AutoModel"])[0]
-            loader = getattr(transformers, name, transformers.AutoModel)
-        else:
-            loader = getattr(transformers, _AUTO_CLASSES[task_type])
+        loader = model_class(config, task_type)
         if num_labels is not None and num_labels != config.num_labels:
             config.num_labels = num_labels
         # a size mismatch is reported below, with what to do, instead of through transformers' own table
@@ -66,6 +62,16 @@ def load_base(
         for key in info["missing_keys"]:
             model.get_parameter(key).zero_()
     return model.eval()  # type: ignore[no-any-return]
+
+
+def model_class(config: Any, task_type: str | None) -> Any:
+    """The transformers class for a task (an `Auto` class), or without a task the one that `config` names."""
+    import transformers
+
+    if task_type is not None:
+        return getattr(transformers, _AUTO_CLASSES[task_type])
+    name = (getattr(config, "architectures", None) or ["AutoModel"])[0]
+    return getattr(transformers, name, transformers.AutoModel)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -161,11 +167,26 @@ def check_base(adapter: SdctAdapter, model: nn.Module, *, label: str = "the adap
                 f"{label} stores {name!r}, which the base model {type(model).__name__} lacks; load the base with the "
                 "task it was trained for (task_type)"
             )
-    if adapter.base_hash is not None and shapes:
-        found = model_hash(model, shapes, adapter.base_dtype or "float32")
-        if found != adapter.base_hash:
-            raise BaseMismatchError(
-                f"{label} was trained on other base weights (hash {adapter.base_hash[:19]}..., this base "
-                f"{found[:19]}...); use the base it was trained on "
-                f"({adapter.config.base_model_name_or_path or 'unknown'})"
-            )
+    if not any(
+        p.is_meta for p in model.parameters()
+    ):  # a model on the meta device has shapes but no weights to compare
+        check_hash(adapter, lambda name: to_numpy(linear_weight(find_linear(model, name))), shapes, label=label)
+
+
+def check_hash(
+    adapter: SdctAdapter,
+    weight: Callable[[str], Array],
+    shapes: Mapping[str, tuple[int, int]],
+    *,
+    label: str = "the adapter",
+) -> None:
+    """Raise `BaseMismatchError` where the adapter records a base hash and `weight` (see `base_hash`) has another."""
+    if adapter.base_hash is None or not shapes:
+        return
+    found = base_hash(weight, shapes, adapter.base_dtype or "float32")
+    if found != adapter.base_hash:
+        raise BaseMismatchError(
+            f"{label} was trained on other base weights (hash {adapter.base_hash[:19]}..., this base "
+            f"{found[:19]}...); use the base it was trained on "
+            f"({adapter.config.base_model_name_or_path or 'unknown'})"
+        )

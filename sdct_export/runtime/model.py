@@ -1,0 +1,236 @@
+"""`MultiAdapterModel`: an exported bundle, ready to run, with adapters chosen per batch row."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from .. import contract
+from ..adapter import Array, SdctAdapter
+from ..bundle import Bundle, TensorSpec
+from ..errors import AdapterFormatError, ConfigError, UnsupportedError
+from ..files import check_adapter_name
+from ..packing import bank_layout, label_count, pack
+from .bank import AdapterInfo, Bank
+from .ort import OrtBackend, OrtTensor
+
+Selection = str | None | Mapping[str, float]  # the adapters of one batch row
+
+DEFAULT_MAX_SLOTS = 256
+
+
+class MultiAdapterModel:
+    """A bundle on a backend. Every method may be called from any thread.
+
+    Args:
+        bundle: folder of an exported bundle, or the `Bundle` read from it. Its own adapters are checked against their
+            recorded hashes and loaded.
+        backend: `onnxruntime`.
+        device: `cpu`, `cuda` or `cuda:N`.
+        max_slots: most slots of the adapter bank, the base's slot 0 included. More adapters can be loaded; the least
+            recently used ones give up their slots.
+        threads: threads within an operator, None for the backend's choice.
+
+    Raises:
+        AdapterFormatError: the bundle is damaged. VerificationError: one of its adapters was changed.
+        ConfigError: an option has no such value. UnsupportedError: the backend or device is not available.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle | str | Path,
+        backend: str = "onnxruntime",
+        device: str = "cpu",
+        *,
+        max_slots: int = DEFAULT_MAX_SLOTS,
+        threads: int | None = None,
+    ) -> None:
+        if backend == "tensorrt":
+            raise UnsupportedError("backend 'tensorrt' is not part of this version yet; use backend='onnxruntime'")
+        if backend != "onnxruntime":
+            raise ConfigError(f"backend must be 'onnxruntime' or 'tensorrt', got {backend!r}")
+        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+        if self.bundle.dtype not in ("float32", "float16"):
+            raise UnsupportedError(
+                f"{self.bundle.path}: ONNX Runtime cannot run a {self.bundle.dtype} bundle; "
+                "export it in float32 or float16"
+            )
+        layout = bank_layout(self.bundle)
+        self._backend = OrtBackend(self.bundle.model_path, device, threads)
+        self._check_graph([*layout])
+        self._bank: Bank[OrtTensor] | None = None
+        if self.bundle.kind == "multi":
+            self._bank = Bank(layout, self._backend, max_slots)
+            for name in self.bundle.adapters:
+                self.bundle.check_adapter(name)
+                self.load_adapter(name, self.bundle.adapter_path(name))
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterInfo]:
+        """The loaded adapters by name: number of parameters, labels, and the slot each lies in now (a snapshot)."""
+        return MappingProxyType(self._bank.info() if self._bank else {})
+
+    def load_adapter(self, name: str, adapter: SdctAdapter | str | Path) -> None:
+        """Make an adapter available as `name`, while other threads run. On failure nothing has changed.
+
+        Raises:
+            ConfigError: the name is not allowed or taken, or the model is merged.
+            AdapterFormatError: the adapter folder is damaged.
+            BaseMismatchError: the adapter does not fit this bundle.
+        """
+        bank = self._require_bank()
+        check_adapter_name(name)
+        if not isinstance(adapter, SdctAdapter):
+            adapter = SdctAdapter.load(adapter)
+        rows = pack(self.bundle, adapter, label=f"adapter {name!r}")
+        bank.add(name, rows, adapter.n_parameters, label_count(self.bundle, adapter))
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter: new requests do not find it, running ones finish with it.
+
+        Raises:
+            UnknownAdapterError: no such adapter is loaded.
+        """
+        self._require_bank().remove(name)
+
+    def run(
+        self,
+        inputs: Mapping[str, Array],
+        adapters: Selection | Sequence[Selection] = None,
+    ) -> dict[str, Array]:
+        """Run one batch.
+
+        Args:
+            inputs: the model's own inputs, e.g. `input_ids [batch, sequence]`, as arrays or nested lists. Integers may
+                be of any type that holds them, floats are rounded to the model's type.
+            adapters: one entry per batch row: a name, None for the base, or a mapping of names to scales whose effects
+                add up. A single name or mapping holds for every row; None runs the base.
+
+        Returns:
+            output name -> array. Rows whose adapter has fewer labels than the bundle's largest head hold about
+            `finfo(dtype).min / 2` in the columns beyond their own.
+
+        Raises:
+            UnknownAdapterError: a name is not loaded.
+            ConfigError: inputs or adapters are missing, unknown, or of the wrong number, shape or type.
+        """
+        feeds, batch = _check_inputs(self.bundle.inputs, inputs)
+        if self._bank is None:
+            if adapters is not None:
+                raise ConfigError("this bundle is merged: its adapter is part of the weights; pass adapters=None")
+            return self._backend.run(feeds, {})
+        rows = _check_adapters(adapters, batch)
+        with self._bank.lease(name for row in rows for name in row) as lease:
+            width = max(1, *(len(row) for row in rows))
+            ids = np.zeros((batch, width), np.int32)
+            scales = np.zeros((batch, width), np.float32)
+            for i, row in enumerate(rows):
+                for j, (name, scale) in enumerate(row.items()):
+                    ids[i, j], scales[i, j] = lease.slots[name], scale
+            feeds |= {contract.ADAPTER_IDS: ids, contract.ADAPTER_SCALES: scales}
+            return self._backend.run(feeds, lease.tensors)
+
+    def _require_bank(self) -> Bank[OrtTensor]:
+        if self._bank is None:
+            raise ConfigError("this bundle is merged: it has no adapter bank; export without --merge to load adapters")
+        return self._bank
+
+    def _check_graph(self, bank: list[str]) -> None:
+        expected = {spec.name for spec in self.bundle.inputs} | set(bank)
+        if self.bundle.kind == "multi":
+            expected |= {contract.ADAPTER_IDS, contract.ADAPTER_SCALES}
+        differ = sorted(expected ^ set(self._backend.inputs))
+        differ += sorted({spec.name for spec in self.bundle.outputs} ^ set(self._backend.outputs))
+        if differ:
+            raise AdapterFormatError(
+                f"{self.bundle.path}: the model and its description disagree about {differ[0]!r}; "
+                "export the bundle again"
+            )
+
+
+def _check_adapters(adapters: Selection | Sequence[Selection], batch: int) -> list[dict[str, float]]:
+    """One dict of name -> scale per batch row; entries of scale 0 have no effect and are dropped."""
+    if adapters is None or isinstance(adapters, str | Mapping):
+        return [_row(adapters, "adapters")] * batch
+    if not isinstance(adapters, Sequence):
+        raise ConfigError(f"adapters must be a list with one entry per batch row, got {type(adapters).__name__}")
+    if len(adapters) != batch:
+        raise ConfigError(f"adapters has {len(adapters)} entries for a batch of {batch}; give one per row")
+    return [_row(entry, f"adapters[{i}]") for i, entry in enumerate(adapters)]
+
+
+def _row(entry: Selection, where: str) -> dict[str, float]:
+    if entry is None:
+        return {}
+    if isinstance(entry, str):
+        return {entry: 1.0}
+    if not isinstance(entry, Mapping):
+        raise ConfigError(f"{where} must be an adapter name, None, or a mapping of names to scales; got {entry!r}")
+    row: dict[str, float] = {}
+    for name, scale in entry.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"{where} must map adapter names to scales; got the key {name!r}")
+        if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not math.isfinite(np.float32(scale)):
+            raise ConfigError(f"{where}: the scale of {name!r} must be a finite number, got {scale!r}")
+        if scale != 0:
+            row[name] = float(scale)
+    return row
+
+
+def _check_inputs(specs: Sequence[TensorSpec], inputs: Mapping[str, Array]) -> tuple[dict[str, Array], int]:
+    """The inputs as arrays of the dtypes the model wants, and the batch size."""
+    names = [spec.name for spec in specs]
+    for name in inputs:
+        if name not in names:
+            hint = "; choose adapters with run(..., adapters=...)" if name.startswith(("adapter_", "sdct.")) else ""
+            raise ConfigError(f"unknown input {name!r}; this model takes {', '.join(names)}{hint}")
+    sizes: dict[str, tuple[int, str]] = {}
+    feeds: dict[str, Array] = {}
+    for spec in specs:
+        if spec.name not in inputs:
+            raise ConfigError(f"input {spec.name!r} is missing; this model takes {', '.join(names)}")
+        array = _cast(spec, inputs[spec.name])
+        shape = f"[{', '.join(map(str, spec.shape))}]"
+        if array.ndim != len(spec.shape) or 0 in array.shape:
+            raise ConfigError(
+                f"input {spec.name!r} must have shape {shape} with no empty dimension; got {list(array.shape)}"
+            )
+        for axis, (size, dim) in enumerate(zip(array.shape, spec.shape, strict=True)):
+            if isinstance(dim, int):
+                wanted, source = dim, "the model"
+            else:
+                wanted, source = sizes.setdefault(dim, (size, f"input {spec.name!r}"))
+            if size != wanted:
+                raise ConfigError(
+                    f"input {spec.name!r} has shape {list(array.shape)}, expected {shape}: dimension {axis} is "
+                    f"{size}, but {source} has {wanted}"
+                )
+        feeds[spec.name] = array
+    batch = sizes.get(contract.BATCH)
+    return feeds, batch[0] if batch else feeds[names[0]].shape[0]
+
+
+def _cast(spec: TensorSpec, value: object) -> Array:
+    target = np.dtype(spec.dtype)
+    array: Array | None = None
+    with contextlib.suppress(ValueError, TypeError):
+        array = np.asarray(value)
+    if array is None:
+        raise ConfigError(f"input {spec.name!r} is not a rectangular array of numbers")
+    if array.dtype == target:
+        return array
+    whole = array.dtype.kind in "iu" and target.kind in "iu" and array.size > 0
+    if whole and np.iinfo(target).min <= array.min() and array.max() <= np.iinfo(target).max:
+        return array.astype(target)
+    if np.can_cast(array.dtype, target, "safe") or (array.dtype.kind == "f" and target.kind == "f"):
+        with np.errstate(over="ignore"):
+            return array.astype(target)
+    raise ConfigError(
+        f"input {spec.name!r} must be {spec.dtype}, got {array.dtype} that cannot be converted without loss"
+    )

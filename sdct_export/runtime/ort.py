@@ -1,0 +1,153 @@
+"""ONNX Runtime as a backend: one session, and bank tensors that stay on its device between calls."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..adapter import Array
+from ..errors import AdapterFormatError, ConfigError, SdctError, UnsupportedError
+
+
+@dataclasses.dataclass(frozen=True)
+class OrtTensor:
+    """A bank tensor: its value on the device, and its contents on the host (the very same memory on the CPU)."""
+
+    value: Any
+    host: Array
+
+
+class OrtBackend:
+    """An ONNX Runtime session on the CPU or a CUDA device; allocates and writes bank tensors (`bank.Memory`).
+
+    Args:
+        model: the ONNX file.
+        device: `cpu`, `cuda` or `cuda:N`.
+        threads: threads within an operator, None for ONNX Runtime's choice.
+
+    Raises:
+        ConfigError: `device` or `threads` has no such value.
+        UnsupportedError: the device is not available here; there is no silent fallback to the CPU.
+        AdapterFormatError: the file is missing or ONNX Runtime cannot load it.
+    """
+
+    def __init__(self, model: Path, device: str = "cpu", threads: int | None = None) -> None:
+        import onnxruntime
+
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+            raise ConfigError(f"threads must be a positive integer or None, got {threads!r}")
+        self._ort = onnxruntime
+        self._device, self._device_id = _parse_device(device)
+        if not model.is_file():
+            raise AdapterFormatError(f"{model} is missing; copy the whole bundle or export it again")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # errors reach the user as exceptions, not as log lines beside them
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self._session = onnxruntime.InferenceSession(str(model), options, providers=self._providers(device))
+        except Exception as error:  # ONNX Runtime's errors share no base class
+            raise AdapterFormatError(
+                f"{model}: ONNX Runtime {onnxruntime.__version__} cannot load it ({_first_line(error)}); "
+                "copy the whole bundle or export it again"
+            ) from error
+        self._session.disable_fallback()
+        if self._device == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():
+            raise UnsupportedError(
+                f"device {device!r}: ONNX Runtime could not start its CUDA provider; check the driver "
+                "(nvidia-smi) and install the CUDA and cuDNN libraries it was built for: "
+                "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+            )
+        self.inputs: dict[str, tuple[int | str | None, ...]] = {
+            i.name: tuple(i.shape) for i in self._session.get_inputs()
+        }
+        self.outputs: tuple[str, ...] = tuple(o.name for o in self._session.get_outputs())
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> OrtTensor:
+        """A bank tensor of zeros on the device. Raises `MemoryError`."""
+        host = np.zeros(shape, dtype)
+        if self._device == "cpu":
+            return OrtTensor(self._ort.OrtValue.ortvalue_from_numpy(host), host)  # shares the memory of `host`
+        try:
+            return OrtTensor(self._ort.OrtValue.ortvalue_from_numpy(host, self._device, self._device_id), host)
+        except Exception as error:
+            raise MemoryError(_first_line(error)) from error
+
+    def write(self, tensor: OrtTensor, slot: int, row: Array) -> None:
+        """`tensor[slot] = row`; on a CUDA device complete when the call returns."""
+        tensor.host[slot] = row
+        if self._device == "cuda":
+            _copy_slot(tensor, slot)
+
+    def run(self, inputs: Mapping[str, Array], bank: Mapping[str, OrtTensor]) -> dict[str, Array]:
+        """All outputs as arrays in host memory. Raises `SdctError` where ONNX Runtime fails on these inputs."""
+        binding = self._session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name, tensor in bank.items():
+            binding.bind_ortvalue_input(name, tensor.value)
+        for name in self.outputs:
+            binding.bind_output(name, "cpu")
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            raise SdctError(
+                f"ONNX Runtime could not run the model on these inputs ({_first_line(error)}); "
+                "check token ids and lengths against the base model's limits"
+            ) from error
+        return dict(zip(self.outputs, binding.copy_outputs_to_cpu(), strict=True))
+
+    def _providers(self, device: str) -> Sequence[str | tuple[str, dict[str, str]]]:
+        if self._device == "cpu":
+            return ["CPUExecutionProvider"]
+        if "CUDAExecutionProvider" not in self._ort.get_available_providers():
+            raise UnsupportedError(
+                f"device {device!r} needs ONNX Runtime with its CUDA provider; this one has "
+                f"{', '.join(self._ort.get_available_providers())}. Install onnxruntime-gpu in place of onnxruntime"
+            )
+        with contextlib.redirect_stdout(sys.stderr):  # it prints what it cannot find
+            self._ort.preload_dlls()
+        # TF32 would round float32 products to 10 bits
+        return [
+            ("CUDAExecutionProvider", {"device_id": str(self._device_id), "use_tf32": "0"}),
+            "CPUExecutionProvider",
+        ]
+
+
+def _parse_device(device: str) -> tuple[str, int]:
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device) if isinstance(device, str) else None
+    if match is None:
+        raise ConfigError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {device!r}")
+    return ("cpu", 0) if device == "cpu" else ("cuda", int(match[1] or 0))
+
+
+def _copy_slot(tensor: OrtTensor, slot: int) -> None:
+    """Copy one slot from host to device: just its bytes where cuda-python is at hand, else the whole tensor.
+
+    Copying more than the slot is safe, only slower: all other bytes are rewritten with what they hold.
+    """
+    try:
+        from cuda.bindings import runtime
+    except ImportError:
+        tensor.value.update_inplace(tensor.host)
+        return
+    row = tensor.host[slot : slot + 1]
+    target = tensor.value.data_ptr() + slot * row.nbytes
+    (status,) = runtime.cudaMemcpy(target, row.ctypes.data, row.nbytes, runtime.cudaMemcpyKind.cudaMemcpyHostToDevice)
+    if status == runtime.cudaError_t.cudaSuccess:
+        (status,) = runtime.cudaStreamSynchronize(0)  # a copy from pageable memory may still be under way
+    if status != runtime.cudaError_t.cudaSuccess:
+        raise SdctError(
+            f"copying an adapter to the CUDA device failed ({status.name}); check the device with nvidia-smi"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

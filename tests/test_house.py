@@ -20,6 +20,8 @@ LAYERS = [
     {"tuning", "project", "merge", "plot"},
     {"graph"},
     {"bundle"},
+    {"packing"},
+    {"onnx_adapter"},
     {"export"},
     {"native"},
     {"runtime"},

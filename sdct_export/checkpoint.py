@@ -1,9 +1,9 @@
 """Hugging Face checkpoint folders, read and written one tensor at a time, so that memory does not grow with the model.
 
-`Checkpoint` finds the tensors of `model.safetensors` or of the shards named by its index; bytes are read with plain file
-reads, not a memory map, whose touched pages would count as resident memory. `Structure` knows which checkpoint key holds
-which parameter of the model class, from the architecture on the meta device and the rules by which transformers itself
-renames keys when it loads a checkpoint. `write_safetensors` writes a file while its tensors are being made.
+`Checkpoint` finds the tensors of `model.safetensors` or of the shards named by its index; bytes are read with plain
+file reads, not a memory map, whose touched pages would count as resident memory. `Structure` knows which checkpoint key
+holds which parameter of the model class, from the architecture on the meta device and the rules by which transformers
+itself renames keys when it loads a checkpoint. `write_safetensors` writes a file while its tensors are being made.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Checkpoint:
             for key, file in self.index["weight_map"].items():
                 if key not in self.tensors or self.tensors[key].file != file:
                     raise BaseMismatchError(
-                        f"{self.folder / INDEX_FILE} places {key!r} in {file}, which lacks it; copy the whole checkpoint"
+                        f"{self.folder / INDEX_FILE} places {key!r} in {file}, which lacks it; copy it again"
                     )
 
     def chunks(self, key: str) -> Iterator[memoryview]:
@@ -99,26 +99,26 @@ class Checkpoint:
         stored = self.tensors[key]
         path = self.folder / stored.file
         buffer = memoryview(bytearray(min(CHUNK_BYTES, stored.nbytes)))
-        left = stored.nbytes
-        with path.open("rb", buffering=0) as file:
-            file.seek(stored.offset)
-            while left:
-                try:
-                    got = file.readinto(buffer[: min(left, len(buffer))])
-                except OSError as error:
-                    raise BaseMismatchError(f"{path} cannot be read: {error.strerror or error}") from error
-                if not got:
-                    raise BaseMismatchError(f"{path} ends within tensor {key!r}; copy the whole checkpoint")
-                left -= got
-                yield buffer[:got]
+        at, end = stored.offset, stored.offset + stored.nbytes
+        while at < end:
+            try:
+                with path.open("rb", buffering=0) as file:
+                    file.seek(at)
+                    got = file.readinto(buffer[: min(end - at, len(buffer))])
+            except OSError as error:
+                raise BaseMismatchError(f"{path} cannot be read: {error.strerror or error}") from error
+            if not got:
+                raise BaseMismatchError(f"{path} ends within tensor {key!r}; copy the whole checkpoint")
+            at += got
+            yield buffer[:got]
 
     def read(self, key: str) -> Tensor:
         """One float tensor, in memory of its own."""
         stored = self.tensors[key]
         if stored.dtype not in FLOATS:
             raise UnsupportedError(
-                f"{self.folder / stored.file}: tensor {key!r} has dtype {stored.dtype}; only {', '.join(FLOATS)} weights "
-                "can be changed: use the unquantized checkpoint"
+                f"{self.folder / stored.file}: tensor {key!r} has dtype {stored.dtype}; only {', '.join(FLOATS)} "
+                "weights can be changed: use the unquantized checkpoint"
             )
         data = bytearray(stored.nbytes)
         at = 0
@@ -143,6 +143,7 @@ class Structure:
         model: the model on the meta device: shapes and module classes, no memory.
         config: its transformers configuration.
         keys: parameter name -> checkpoint key.
+        resized: whether `num_labels` changed the head.
 
     Raises:
         BaseMismatchError: transformers cannot build the model, or two keys claim one parameter.
@@ -163,7 +164,8 @@ class Structure:
         folder = checkpoint.folder
         try:
             self.config = transformers.AutoConfig.from_pretrained(folder)
-            if num_labels is not None and num_labels != self.config.num_labels:
+            self.resized = num_labels is not None and num_labels != self.config.num_labels
+            if self.resized:
                 self.config.num_labels = num_labels
             named = getattr(transformers, class_name, None) if class_name else None
             loader = named or model_class(self.config, task_type)
@@ -212,8 +214,8 @@ class Structure:
         for name, key in self._converted.items():
             if name == parameter or name.rsplit(".", 2)[0] == stem.rsplit(".", 1)[0]:
                 raise UnsupportedError(
-                    f"parameter {parameter!r} is stored in another form (as {key!r}) and converted while loading; save the "
-                    "model once with `save_pretrained` in its loaded form, or merge in memory"
+                    f"parameter {parameter!r} is stored in another form (as {key!r}) and converted while loading; save "
+                    "the model once with `save_pretrained` in its loaded form, or merge in memory"
                 )
         raise BaseMismatchError(
             f"the checkpoint holds no tensor for parameter {parameter!r}; use a complete checkpoint"

@@ -1,25 +1,62 @@
-"""Merge an adapter into the base weights: `W <- W + scaling * C_out^T F C_in`, in memory or from checkpoint to checkpoint."""
+"""Merge an adapter into the base weights: `W <- W + scaling * C_out^T F C_in`, in memory or checkpoint to checkpoint.
+
+The sum is formed in float64 and rounded once to the weight's dtype, a band of columns at a time, so that a merge needs
+little memory beside the one weight it works on.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
-from .adapter import SdctAdapter
+from .adapter import Array, SdctAdapter, SdctEntries
+from .base import check_base, check_hash, find_linear, is_conv1d, linear_shape, linear_weight, to_numpy, to_torch
+from .checkpoint import (
+    CONFIG_FILE,
+    DTYPE_OF,
+    FLOATS,
+    INDEX_FILE,
+    Checkpoint,
+    NewTensor,
+    Structure,
+    read_json,
+    tensor_bytes,
+    write_safetensors,
+)
+from .errors import BaseMismatchError, ConfigError, UnsupportedError
+from .files import new_folder
+from .spectrum import idct
+
+COLUMN_BAND = 4 << 20  # elements of dW formed at a time
+# weights of the unmerged base in other formats, which must not travel beside the merged ones
+_OTHER_WEIGHTS = {".bin", ".ckpt", ".data", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth", ".safetensors"}
 
 
 class Merged:
-    """A model with an adapter merged into it; `unmerge`, or leaving a `with` block, restores the weights bit for bit."""
+    """A model with an adapter merged into it. `unmerge`, or leaving a `with` block, restores every bit.
 
-    def __init__(self, model: nn.Module, originals: dict[str, Tensor]) -> None:
+    Several adapters can be merged one after the other; unmerge them in reverse order.
+    """
+
+    def __init__(self, model: nn.Module, originals: Mapping[str, Tensor]) -> None:
         self.model = model
-        self._originals = originals
+        self._originals = dict(originals)
 
     def unmerge(self) -> None:
         """Put the original weights back. Does nothing the second time."""
-        raise NotImplementedError
+        _restore(self.model, self._originals)
+        self._originals.clear()
 
     def __enter__(self) -> Merged:
         return self
@@ -31,12 +68,350 @@ class Merged:
 
 
 def merge(model: nn.Module, adapter: SdctAdapter, scale: float = 1.0) -> Merged:
-    """Merge `adapter` into `model` in place."""
-    raise NotImplementedError
+    """Merge `adapter` into `model` in place: `W + scale * dW` per module, saved modules replaced.
+
+    Args:
+        model: holds every module of the adapter as `Linear` or `Conv1D`, in float64, float32, float16 or bfloat16 on
+            any device.
+        adapter: what to merge.
+        scale: factor on the adapter. A saved parameter `P_a` becomes `P + scale * (P_a - P)`, exactly `P_a` at 1.
+
+    Returns:
+        The handle that undoes the merge. It holds copies of the replaced weights on the CPU.
+
+    Raises:
+        BaseMismatchError: the adapter does not fit the model, or a weight of the model is not finite.
+        UnsupportedError: a weight is shared with another module, is quantized, or cannot hold the merged values.
+        ConfigError: `scale` is not finite.
+        After an error the model is as it was.
+    """
+    if not np.isfinite(scale):
+        raise ConfigError(f"scale must be a finite number, got {scale!r}")
+    _refuse_tied(model, adapter)
+    check_base(adapter, model)
+    parameters = dict(model.named_parameters())
+    for name, array in adapter.saved.items():
+        if tuple(parameters[name].shape) != array.shape:
+            raise BaseMismatchError(
+                f"the adapter stores {name!r} with shape {list(array.shape)}, but the base has "
+                f"{list(parameters[name].shape)}; load the base with a head of the adapter's size (num_labels)"
+            )
+    originals: dict[str, Tensor] = {}
+    try:
+        with torch.no_grad():
+            for path, entries in adapter.modules.items():
+                module = find_linear(model, path)
+                name = f"{path}.weight"
+                _check_dtype(name, parameters[name])
+                originals[name] = parameters[name].detach().to("cpu", copy=True)
+                add_delta(linear_weight(module), entries, adapter.config.scaling * scale, label=f"module {path!r}")
+            for name, array in adapter.saved.items():
+                _check_dtype(name, parameters[name])
+                originals[name] = parameters[name].detach().to("cpu", copy=True)
+                parameters[name].copy_(_replaced(name, originals[name], array, scale))
+    except BaseException:
+        _restore(model, originals)
+        raise
+    return Merged(model, originals)
+
+
+def add_delta(weight: Tensor, entries: SdctEntries, scaling: float, *, label: str) -> None:
+    """`weight [d_out, d_in] += scaling * C_out^T F C_in` in place, formed in float64 and rounded once to its dtype.
+
+    Memory beside the weight: one row of `d_in` float64 per distinct row of `F`, and a few bands of columns.
+
+    Raises:
+        BaseMismatchError: the weight holds NaN or infinite values.
+        UnsupportedError: the sum is beyond the range of the dtype.
+        In both cases part of the weight may have changed.
+    """
+    d_out, d_in = weight.shape
+    rows, row_of = np.unique(entries.indices[:, 0], return_inverse=True)
+    half = torch.zeros(len(rows), d_in, dtype=torch.float64)
+    half[torch.from_numpy(row_of.reshape(-1)), torch.from_numpy(entries.indices[:, 1].astype(np.int64))] = (
+        torch.from_numpy(entries.values.astype(np.float64) * scaling)
+    )
+    step = max(1, COLUMN_BAND // d_in)
+    for at in range(0, len(rows), step):
+        half[at : at + step] = idct(half[at : at + step])
+    places = torch.from_numpy(rows.astype(np.int64))
+    step = max(1, COLUMN_BAND // d_out)
+    for at in range(0, d_in, step):
+        band = weight[:, at : at + step]
+        spectrum = torch.zeros(band.shape[1], d_out, dtype=torch.float64)
+        spectrum[:, places] = half[:, at : at + step].T
+        total = band.to("cpu", torch.float64) + idct(spectrum).T
+        if not torch.isfinite(total).all():
+            raise BaseMismatchError(f"the base weight of {label} holds NaN or infinite values; use an intact base")
+        merged = round_once(total, weight.dtype)
+        _check_range(merged, label)
+        band.copy_(merged)
+
+
+def round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float64 tensor in `dtype`, rounded to nearest even once.
+
+    torch converts float64 to half types through float32, which rounds twice. Here the step through float32 truncates
+    and keeps a sticky last bit (round to odd), after which the second rounding is exact.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return x.to(dtype)
+    near = x.float()
+    back = near.double()
+    bits = near.view(torch.int32)
+    bits -= (back.abs() > x.abs()).int()  # nearest went away from zero: one step back, whatever the sign
+    bits |= (back != x).int()
+    return near.to(dtype)
 
 
 def merge_checkpoint(
     base_path: str | Path, adapter: SdctAdapter | str | Path, output_path: str | Path, *, progress: bool | None = None
 ) -> None:
-    """Write the checkpoint `base_path` with `adapter` merged into it to the new folder `output_path`."""
-    raise NotImplementedError
+    """Write the checkpoint `base_path` with `adapter` merged into it to the new folder `output_path`.
+
+    Tensors stream from file to file: those the adapter does not touch are copied byte for byte, adapted weights are
+    merged one at a time as in `merge` and keep their dtype and their shard. Saved modules replace the base's or, where
+    it lacks them (a task head), are added, and `config.json` then names the task's class and number of labels.
+    Tokenizer and other files are copied; weights in other formats are not, since they would still be unmerged.
+
+    Args:
+        base_path: checkpoint folder with `config.json` and `model.safetensors` or its shards.
+        adapter: an adapter or its folder.
+        output_path: folder to make.
+        progress: show a bar on stderr; None shows it on a terminal only.
+
+    Raises:
+        BaseMismatchError: the adapter does not fit the base, or the base is damaged.
+        AdapterFormatError: the adapter folder is damaged.
+        UnsupportedError: the base is stored in a form that cannot be merged, see the message.
+        OutputError: `output_path` exists, or the disk refused a write; nothing is left there.
+    """
+    if not isinstance(adapter, SdctAdapter):
+        adapter = SdctAdapter.load(adapter)
+    base = Checkpoint(base_path)
+    structure = _structure_for(base, adapter)
+    original, adapter = adapter, _renamed(adapter, structure)
+    _refuse_tied(structure.model, adapter)
+    check_base(adapter, structure.model)
+    _check_base_hash(original, base, structure)
+    plan = _plan(base, structure, adapter)
+    with new_folder(output_path) as folder, _bar(progress, plan) as advance:
+        _copy_other_files(base.folder, folder)
+        _write_config(base.folder / CONFIG_FILE, folder / CONFIG_FILE, base, structure, plan)
+        for file, tensors in plan.items():
+            write_safetensors(folder / file, [_counted(t, advance) for t in tensors], base.metadata[file])
+        if base.index is not None:
+            _write_index(folder / INDEX_FILE, base.index, plan)
+
+
+def _structure_for(base: Checkpoint, adapter: SdctAdapter) -> Structure:
+    """The structure of the base with the adapter's task, its head as large as the adapter's."""
+    task = adapter.config.task_type
+    structure = Structure(base, task)
+    state = structure.model.state_dict()
+    mismatched = {
+        name: array.shape
+        for name, array in adapter.saved.items()
+        if (own := state.get(structure.resolve(name))) is not None and tuple(own.shape) != array.shape
+    }
+    if mismatched:
+        labels = {shape[0] if shape else 0 for shape in mismatched.values()}
+        if len(labels) == 1:
+            structure = Structure(base, task, num_labels=labels.pop())
+            state = structure.model.state_dict()
+        for name, shape in mismatched.items():
+            own = tuple(state[structure.resolve(name)].shape)
+            if own != shape:
+                raise BaseMismatchError(
+                    f"the adapter stores {name!r} with shape {list(shape)}, but the base has {list(own)}; use the "
+                    "base model the adapter was trained on"
+                )
+    return structure
+
+
+def _renamed(adapter: SdctAdapter, structure: Structure) -> SdctAdapter:
+    """The adapter with the names the model uses now; older names, or names without the base prefix, are translated."""
+    modules = {structure.resolve(f"{path}.weight").removesuffix(".weight"): e for path, e in adapter.modules.items()}
+    saved = {structure.resolve(name): array for name, array in adapter.saved.items()}
+    if len(modules) != len(adapter.modules) or len(saved) != len(adapter.saved):
+        raise BaseMismatchError("two modules of the adapter name the same module of the base; repair the adapter")
+    return dataclasses.replace(adapter, modules=modules, saved=saved)
+
+
+def _check_base_hash(adapter: SdctAdapter, base: Checkpoint, structure: Structure) -> None:
+    def parameter(path: str) -> str:
+        return structure.resolve(f"{path}.weight")
+
+    def module(path: str) -> nn.Module:
+        return find_linear(structure.model, parameter(path).removesuffix(".weight"))
+
+    def weight(path: str) -> Array:
+        stored = base.read(structure.key(parameter(path)))
+        return to_numpy(stored.T if is_conv1d(module(path)) else stored)
+
+    check_hash(adapter, weight, {path: linear_shape(module(path)) or (0, 0) for path in adapter.modules})
+
+
+def _plan(base: Checkpoint, structure: Structure, adapter: SdctAdapter) -> dict[str, list[NewTensor]]:
+    """File -> the tensors to write there. What can be known to be wrong is refused here, before a byte is written."""
+    content: dict[str, Callable[[], Iterable[memoryview]]] = {}
+    for path, entries in adapter.modules.items():
+        key = structure.key(f"{path}.weight")
+        own = structure.model.get_parameter(f"{path}.weight")
+        if base.tensors[key].shape != tuple(own.shape):
+            raise BaseMismatchError(
+                f"{base.folder}: tensor {key!r} has shape {list(base.tensors[key].shape)}, but {CONFIG_FILE} makes it "
+                f"{list(own.shape)}; copy the checkpoint again"
+            )
+        if base.tensors[key].dtype not in FLOATS:
+            raise UnsupportedError(
+                f"{base.folder}: tensor {key!r} has dtype {base.tensors[key].dtype}; use the unquantized checkpoint"
+            )
+        transposed = is_conv1d(find_linear(structure.model, path))
+        content[key] = _merging(base, key, entries, adapter.config.scaling, transposed)
+    replaced: dict[str, NewTensor] = {}
+    floats = [t.dtype for t in base.tensors.values() if t.dtype in FLOATS]
+    for name, array in adapter.saved.items():
+        key = structure.keys.get(name, name)
+        if structure.resolve(key) != name:
+            raise UnsupportedError(f"saved parameter {name!r} cannot be stored in this checkpoint; merge in memory")
+        dtype = base.tensors[key].dtype if key in base.tensors else max(set(floats), key=floats.count, default="F32")
+        if dtype not in FLOATS:
+            raise UnsupportedError(f"{base.folder}: tensor {key!r} has dtype {dtype}; use the unquantized checkpoint")
+        like = torch.empty(array.shape, dtype=FLOATS[dtype])
+        tensor = _replaced(name, like, array, 1.0)
+        replaced[key] = _ready(key, tensor)
+    plan: dict[str, list[NewTensor]] = {file: [] for file in base.metadata}
+    for key, stored in base.tensors.items():
+        make = content.get(key) or _copying(base, key)
+        plain = NewTensor(key, stored.dtype, stored.shape, stored.nbytes, make)
+        plan[stored.file].append(replaced.pop(key, plain))
+    plan[list(plan)[-1]].extend(replaced.values())
+    return plan
+
+
+def _copying(base: Checkpoint, key: str) -> Callable[[], Iterable[memoryview]]:
+    return lambda: base.chunks(key)
+
+
+def _merging(
+    base: Checkpoint, key: str, entries: SdctEntries, scaling: float, transposed: bool
+) -> Callable[[], Iterable[memoryview]]:
+    def make() -> Iterator[memoryview]:
+        stored = base.read(key)
+        add_delta(stored.T if transposed else stored, entries, scaling, label=f"tensor {key!r}")
+        yield tensor_bytes(stored)
+
+    return make
+
+
+def _ready(key: str, tensor: Tensor) -> NewTensor:
+    data = tensor_bytes(tensor)
+    return NewTensor(key, DTYPE_OF[tensor.dtype], tuple(tensor.shape), len(data), lambda: [data])
+
+
+def _counted(tensor: NewTensor, advance: Callable[[int], None]) -> NewTensor:
+    def make() -> Iterator[memoryview]:
+        for piece in tensor.content():
+            yield piece
+            advance(len(piece))
+
+    return dataclasses.replace(tensor, content=make)
+
+
+@contextmanager
+def _bar(progress: bool | None, plan: Mapping[str, list[NewTensor]]) -> Iterator[Callable[[int], None]]:
+    if not (sys.stderr.isatty() if progress is None else progress):
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("merging", total=sum(t.nbytes for tensors in plan.values() for t in tensors))
+        yield lambda n: bar.advance(task, n)
+
+
+def _copy_other_files(source: Path, target: Path) -> None:
+    skipped = {CONFIG_FILE, INDEX_FILE}
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        stale = path.suffix in _OTHER_WEIGHTS or path.name.endswith(".index.json")
+        if not path.is_file() or hidden or stale or str(relative) in skipped:
+            continue
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target / relative)
+
+
+def _write_config(
+    source: Path, target: Path, base: Checkpoint, structure: Structure, plan: Mapping[str, list[NewTensor]]
+) -> None:
+    raw = read_json(source)
+    head_added = any(t.name not in base.tensors for tensors in plan.values() for t in tensors)
+    if head_added:
+        raw["architectures"] = [type(structure.model).__name__]
+    if structure.resized:
+        raw.pop("num_labels", None)
+        raw["id2label"] = {str(i): label for i, label in structure.config.id2label.items()}
+        raw["label2id"] = dict(structure.config.label2id)
+    if head_added or structure.resized:
+        target.write_text(json.dumps(raw, indent=2) + "\n")
+    else:
+        shutil.copyfile(source, target)
+
+
+def _write_index(target: Path, index: Mapping[str, Any], plan: Mapping[str, list[NewTensor]]) -> None:
+    tensors = [(file, t) for file, ts in plan.items() for t in ts]
+    metadata = dict(index.get("metadata") or {}) | {"total_size": sum(t.nbytes for _, t in tensors)}
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = sum(int(np.prod(t.shape)) for _, t in tensors)
+    placed = {t.name: file for file, t in sorted(tensors, key=lambda item: item[1].name)}
+    target.write_text(json.dumps(dict(index) | {"metadata": metadata, "weight_map": placed}, indent=2) + "\n")
+
+
+def _replaced(name: str, parameter: Tensor, array: Array, scale: float) -> Tensor:
+    """`P + scale * (P_a - P)` in the dtype of `parameter`, exactly `P_a` at 1."""
+    saved = to_torch(array).double()
+    if scale != 1.0:
+        saved = parameter.double() + scale * (saved - parameter.double())
+    merged = round_once(saved, parameter.dtype)
+    _check_range(merged, f"parameter {name!r}")
+    return merged
+
+
+def _check_range(merged: Tensor, label: str) -> None:
+    if not torch.isfinite(merged).all():
+        raise UnsupportedError(
+            f"merging into {label} gives values beyond the range of {str(merged.dtype).removeprefix('torch.')}; "
+            "use a bfloat16 or float32 copy of the base"
+        )
+
+
+def _check_dtype(name: str, parameter: Tensor) -> None:
+    if parameter.dtype not in DTYPE_OF or parameter.is_meta:
+        what = "lies on the meta device" if parameter.is_meta else f"has dtype {parameter.dtype}"
+        raise UnsupportedError(f"parameter {name!r} {what}; merge into an unquantized base loaded with its weights")
+
+
+def _refuse_tied(model: nn.Module, adapter: SdctAdapter) -> None:
+    """A weight shared by two modules would change in both, which is not what the adapter was trained to do."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter.data_ptr() or id(parameter), []).append(name)
+    changed = {f"{path}.weight" for path in adapter.modules} | set(adapter.saved)
+    for group in names.values():
+        touched = sorted(changed & set(group))
+        others = sorted(set(group) - set(touched[:1]))
+        if touched and others:
+            raise UnsupportedError(
+                f"{touched[0]!r} is tied to {others[0]!r}: merging would change both; untie them first "
+                "(tie_word_embeddings=False and a checkpoint that stores both) or adapt other modules"
+            )
+
+
+def _restore(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, original in originals.items():
+            model.get_parameter(name).copy_(original)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapter import DTYPE_NAMES
+from .contract import Group, Head
 from .errors import AdapterFormatError, ConfigError, VerificationError
 from .files import check_adapter_name
 
@@ -34,26 +35,6 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Adapted modules that read one tensor; bank `sdct.<name>.values [slots, sum(capacity)]` (see `contract`)."""
-
-    name: str
-    modules: tuple[str, ...]
-    d_in: int
-    d_out: tuple[int, ...]
-    capacity: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Head:
-    """A saved linear module with banked parameters, weight `[slots, d_out, d_in]`."""
-
-    module: str
-    d_out: int
-    d_in: int
 
 
 @dataclasses.dataclass(frozen=True)

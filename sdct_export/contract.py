@@ -36,6 +36,7 @@ softmax ever picks them.
 
 from __future__ import annotations
 
+import dataclasses
 import os.path
 from collections.abc import Sequence
 
@@ -49,6 +50,26 @@ IR_VERSION = 10  # the first with function overloads
 ADAPTER_IDS = "adapter_ids"
 ADAPTER_SCALES = "adapter_scales"
 BATCH, BLEND, SLOTS = "batch", "blend", "slots"  # symbolic dimensions
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Adapted modules that read one tensor; bank `sdct.<name>.values [slots, sum(capacity)]`."""
+
+    name: str
+    modules: tuple[str, ...]
+    d_in: int
+    d_out: tuple[int, ...]
+    capacity: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A saved linear module with banked parameters, weight `[slots, d_out, d_in]`."""
+
+    module: str
+    d_out: int
+    d_in: int
 
 
 def group_name(modules: Sequence[str]) -> str:

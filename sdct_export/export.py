@@ -1,0 +1,333 @@
+"""A base model and adapters as an ONNX bundle: merged into the weights, or banked so that every row picks its own."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from .adapter import SdctAdapter
+from .adapter_io import CONFIG_FILE, WEIGHTS_FILE
+from .base import check_base, find_linear, linear_shape, load_base, model_digests, model_hash, to_numpy
+from .bundle import (
+    ADAPTERS_FOLDER,
+    MODEL_FILE,
+    PROBE_FILE,
+    AdapterRecord,
+    Bundle,
+    TensorSpec,
+    adapter_sha256,
+    file_sha256,
+)
+from .contract import Group, Head
+from .errors import BaseMismatchError, ConfigError, UnsupportedError
+from .files import check_adapter_name, new_folder
+from .graph.insert import InsertAdapters
+from .graph.trace import sample_inputs, trace
+from .probe import Case, Probe, Row, sample_indices
+from .reference import run_rows
+
+AdapterLike = SdctAdapter | str | Path
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+PROBED_ADAPTERS = 8
+# what serving needs of a base folder, beside its weights and config
+_COPIED = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "chat_template*",
+    "preprocessor_config.json", "processor_config.json", "generation_config.json",
+)  # fmt: skip
+_TASK_OF_CLASS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForImageClassification": "IMAGE_CLS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Base:
+    """The base as loaded: a private torch model, where it came from, and its identity before any cast."""
+
+    model: nn.Module
+    source: str | Path | nn.Module
+    task: str
+    dtype: str
+    shapes: Mapping[str, tuple[int, int]]
+    hash: str
+    digests: Mapping[str, Mapping[str, str]]
+
+
+def export_merged(
+    model: str | Path | nn.Module,
+    adapter: AdapterLike,
+    output: str | Path,
+    *,
+    task_type: str | None = None,
+    dtype: str | None = None,
+) -> Bundle:
+    """Write a bundle whose `model.onnx` has `adapter` merged into its weights; it runs like any ONNX model.
+
+    Args:
+        model: checkpoint folder, or a transformers model (left as it is).
+        adapter: an adapter or its folder.
+        output: the new folder.
+        task_type: chooses the model class of a checkpoint; default: what the adapter's config says.
+        dtype: `float32` or `float16`; default: the base's own, float32 for a bfloat16 base.
+
+    Raises:
+        AdapterFormatError, BaseMismatchError: the adapter is damaged, or does not fit the base.
+        UnsupportedError: the model cannot be exported; names the module and the reason.
+        OutputError: `output` exists, or cannot be written.
+    """
+    from .merge import merge
+
+    named = {"adapter": _load(adapter)}
+    base = _prepare(model, named, task_type)
+    exported = _export_dtype(base, dtype)
+    merge(base.model.float(), named["adapter"])
+    base.model.to(DTYPES[exported])
+    with new_folder(output) as folder:
+        graph = trace(base.model)
+        _record(base.model.float(), {}, folder)
+        _write(folder, "merged", base, exported, graph, len(graph.graph.inputs), (), (), {})
+    return Bundle.load(output)
+
+
+def export_multi(
+    model: str | Path | nn.Module,
+    adapters: Mapping[str, AdapterLike],
+    output: str | Path,
+    *,
+    task_type: str | None = None,
+    dtype: str | None = None,
+) -> Bundle:
+    """Write a bundle in which every batch row picks its own adapters (see `contract`).
+
+    Args:
+        model: checkpoint folder, or a transformers model (left as it is).
+        adapters: name -> adapter or its folder. Capacities and the number of labels come from the largest of them; others
+            that fit can be loaded when the bundle runs.
+        output: the new folder.
+        task_type: chooses the model class of a checkpoint; default: what the adapters' configs say.
+        dtype: `float32` or `float16`; default: the base's own, float32 for a bfloat16 base.
+
+    Raises:
+        ConfigError: no adapter, a name that is not allowed, or adapters of different tasks.
+        AdapterFormatError, BaseMismatchError: an adapter is damaged, or does not fit the base.
+        UnsupportedError: the model or a saved module cannot be exported; names the module and the reason.
+        OutputError: `output` exists, or cannot be written.
+    """
+    if not adapters:
+        raise ConfigError("a multi-adapter export needs at least one adapter, to know which modules to prepare")
+    named = {check_adapter_name(name): _load(adapter) for name, adapter in adapters.items()}
+    base = _prepare(model, named, task_type)
+    heads = _heads(base.model, named)
+    capacity = {m: max(a.modules[m].n for a in named.values() if m in a.modules) for m in base.shapes}
+    exported = _export_dtype(base, dtype)
+    base.model.to(DTYPES[exported])
+    with new_folder(output) as folder:
+        graph = trace(base.model)
+        own_inputs = len(graph.graph.inputs)
+        insertion = InsertAdapters(base.shapes, capacity, heads)
+        insertion(graph)
+        label_head = _label_head(base.model, named)
+        records = {name: _ship(folder, name, adapters[name], a, label_head) for name, a in named.items()}
+        _record(base.model.float(), named, folder)
+        _write(folder, "multi", base, exported, graph, own_inputs, insertion.groups, insertion.heads, records)
+    return Bundle.load(output)
+
+
+def _load(adapter: AdapterLike) -> SdctAdapter:
+    return adapter if isinstance(adapter, SdctAdapter) else SdctAdapter.load(adapter)
+
+
+def _prepare(source: str | Path | nn.Module, named: Mapping[str, SdctAdapter], task_type: str | None) -> _Base:
+    """Load or copy the base, size its head for the adapters, and check that every adapter fits."""
+    task = task_type or _common_task(named)
+    if isinstance(source, nn.Module):
+        model = copy.deepcopy(source).eval()
+    else:
+        model = load_base(source, task)
+        head = _label_head(model, named)
+        labels = max(_labels(adapter, head) or 0 for adapter in named.values())
+        if labels and head and labels != model.get_parameter(f"{head}.weight").shape[0]:
+            model = _with_labels(source, task, labels, model, head)
+    for name, adapter in named.items():
+        check_base(adapter, model, label=f"adapter {name!r}")
+    shapes = {path: linear_shape(find_linear(model, path)) for a in named.values() for path in a.modules}
+    shapes = {path: shape for path, shape in sorted(shapes.items()) if shape is not None}
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    if task is None:
+        kinds = (kind for suffix, kind in _TASK_OF_CLASS.items() if type(model).__name__.endswith(suffix))
+        task = next(kinds, "FEATURE_EXTRACTION")
+    return _Base(model, source, task, dtype, shapes, model_hash(model, shapes, dtype), model_digests(model, shapes))
+
+
+def _common_task(named: Mapping[str, SdctAdapter]) -> str | None:
+    tasks = {adapter.config.task_type: name for name, adapter in named.items() if adapter.config.task_type}
+    if len(tasks) > 1:
+        listed = ", ".join(f"{name!r} is {task}" for task, name in tasks.items())
+        raise ConfigError(
+            f"the adapters are of different tasks ({listed}); export one bundle a task, or pass task_type"
+        )
+    return next(iter(tasks), None)
+
+
+def _label_head(model: nn.Module, named: Mapping[str, SdctAdapter]) -> str | None:
+    """The saved module that gives the labels: the last one of the model that an adapter saves."""
+    saved = {name for adapter in named.values() for name in adapter.saved}
+    paths = [path for path, module in model.named_modules() if f"{path}.weight" in saved and linear_shape(module)]
+    return paths[-1] if paths else None
+
+
+def _labels(adapter: SdctAdapter, head: str | None) -> int | None:
+    weight = adapter.saved.get(f"{head}.weight")
+    return None if weight is None else int(weight.shape[0])
+
+
+def _with_labels(source: str | Path, task: str | None, labels: int, model: nn.Module, head: str) -> nn.Module:
+    """The base with a head of `labels`, or `model` itself where its trained head is larger than that."""
+    try:
+        return load_base(source, task, num_labels=labels)
+    except BaseMismatchError:
+        if model.get_parameter(f"{head}.weight").shape[0] < labels:
+            raise
+        return model
+
+
+def _heads(model: nn.Module, named: Mapping[str, SdctAdapter]) -> dict[str, tuple[int, int]]:
+    """Saved linear modules and their shapes in the order of the model; refuses what cannot be banked."""
+    saved = {parameter for adapter in named.values() for parameter in adapter.saved}
+    label_head = _label_head(model, named)
+    heads: dict[str, tuple[int, int]] = {}
+    for path, module in model.named_modules():
+        own = [name for name, _ in module.named_parameters(path, recurse=False) if name in saved]
+        if not own:
+            continue
+        if not isinstance(module, nn.Linear):
+            raise UnsupportedError(
+                f"an adapter saves {own[0]!r}, a parameter of a {type(module).__name__}; only linear layers of saved modules "
+                "can differ from row to row: merge this adapter instead (--merge)"
+            )
+        heads[path] = (module.out_features, module.in_features)
+        for name, adapter in named.items():
+            _check_head(f"adapter {name!r}", path, module, adapter, path == label_head)
+    return heads
+
+
+def _check_head(label: str, path: str, module: nn.Linear, adapter: SdctAdapter, is_label_head: bool) -> None:
+    names = [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]
+    found = [name for name in names if name in adapter.saved]
+    if found and len(found) != len(names):
+        raise BaseMismatchError(
+            f"{label} stores {found[0]!r} but not {(set(names) - set(found)).pop()!r}; save the whole module {path!r}"
+        )
+    for name in found:
+        got, want = adapter.saved[name].shape, tuple(module.get_parameter(name.rpartition(".")[2]).shape)
+        if got[1:] != want[1:] or got[0] > want[0] or (got[0] < want[0] and not is_label_head):
+            raise BaseMismatchError(
+                f"{label} stores {name!r} of shape {list(got)}, the base has {list(want)}; use a base whose module {path!r} "
+                "has the shape the adapter was trained with"
+            )
+
+
+def _export_dtype(base: _Base, dtype: str | None) -> str:
+    chosen = dtype or ("float16" if base.dtype == "float16" else "float32")
+    if chosen not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}; got {chosen!r}")
+    return chosen
+
+
+def _ship(folder: Path, name: str, source: AdapterLike, adapter: SdctAdapter, head: str | None) -> AdapterRecord:
+    """Copy an adapter's two files byte for byte, or save one that lives in memory."""
+    target = folder / ADAPTERS_FOLDER / name
+    if isinstance(source, SdctAdapter):
+        adapter.save(target)
+    else:
+        target.mkdir(parents=True)
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            shutil.copyfile(Path(source) / file, target / file)
+    return AdapterRecord(adapter_sha256(target), _labels(adapter, head))
+
+
+def _record(model: nn.Module, named: Mapping[str, SdctAdapter], folder: Path) -> None:
+    """Write what torch computes in float32 for base rows, each adapter, a mixed batch and a blend."""
+    names = list(named)[:PROBED_ADAPTERS]
+    inputs = sample_inputs(model, batch=3, sequence=16, seed=1)
+    singles: list[Row] = [(), *(((name, 1.0),) for name in names)]
+    batch = len(next(iter(inputs.values())))
+    plans = {"base": [singles[0]] * batch} | {name: [((name, 1.0),)] * batch for name in names}
+    if names:
+        plans["mixed"] = [singles[(i + 1) % len(singles)] for i in range(batch)]
+        pair = (names[0], names[-1])
+        plans["blend"] = [((pair[0], 0.5), (pair[1], 0.5)), ((pair[1], 0.25),), ()]
+    cases, indices, shapes = [], {}, {}
+    for case, rows in plans.items():
+        outputs = run_rows(model, inputs, rows, named)
+        arrays = {name: to_numpy(value.float()) for name, value in outputs.items()}
+        shapes = {name: array.shape for name, array in arrays.items()}
+        indices = {name: sample_indices(shape) for name, shape in shapes.items()}
+        sampled = {name: array.reshape(-1)[indices[name]] for name, array in arrays.items()}
+        cases.append(Case(case, tuple(rows), sampled))
+    Probe({name: to_numpy(value) for name, value in inputs.items()}, tuple(cases), indices, shapes).write(
+        folder / PROBE_FILE
+    )
+
+
+def _write(
+    folder: Path,
+    kind: str,
+    base: _Base,
+    dtype: str,
+    graph: ir.Model,
+    own_inputs: int,
+    groups: Sequence[Group],
+    heads: Sequence[Head],
+    adapters: Mapping[str, AdapterRecord],
+) -> None:
+    """Write the graph with its weights beside it, the base's small files, and the description."""
+    ir.save(graph, folder / MODEL_FILE, external_data=f"{MODEL_FILE}.data")
+    config = getattr(base.model, "config", None)
+    if config is not None:
+        config.save_pretrained(folder)
+    if isinstance(base.source, str | Path) and Path(base.source).is_dir():
+        for pattern in _COPIED:
+            for file in sorted(Path(base.source).glob(pattern)):
+                shutil.copyfile(file, folder / file.name)
+    Bundle(
+        kind=kind,
+        task=base.task,
+        dtype=dtype,
+        base_name=_name(base),
+        base_architecture=type(base.model).__name__,
+        base_hash=base.hash,
+        base_hash_dtype=base.dtype,
+        inputs=_specs(graph.graph.inputs[:own_inputs]),
+        outputs=_specs(graph.graph.outputs),
+        model_sha256=file_sha256(folder / MODEL_FILE),
+        groups=tuple(groups),
+        heads=tuple(heads),
+        adapters=adapters,
+        module_digests=base.digests,
+    ).write(folder)
+
+
+def _name(base: _Base) -> str:
+    if isinstance(base.source, nn.Module):
+        return getattr(getattr(base.model, "config", None), "name_or_path", "") or type(base.model).__name__
+    return str(base.source)
+
+
+def _specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
+    specs = []
+    for value in values:
+        assert value.name and value.dtype is not None and value.shape is not None
+        shape = tuple(d if isinstance(d, int) else str(d) for d in value.shape)
+        specs.append(TensorSpec(value.name, value.dtype.numpy().name, shape))
+    return tuple(specs)

@@ -1,0 +1,153 @@
+"""A torch model as an onnx_ir graph with dynamic batch and sequence."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from ..contract import BATCH
+from ..errors import UnsupportedError
+from .match import SCOPES
+
+SEQUENCE = "sequence"
+_NOISY = ("torch", "torch.onnx", "torch.export", "torch._export", "torch.fx", "onnxscript", "onnx_ir")
+
+
+def sample_inputs(model: nn.Module, *, batch: int, sequence: int, seed: int = 0) -> dict[str, Tensor]:
+    """Seeded random inputs a model takes: `input_ids` and `attention_mask`, or `pixel_values`.
+
+    Row `i` of a text batch is padded on the right by up to `i` tokens, at most half of it.
+
+    Raises:
+        UnsupportedError: the model reads neither text nor images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config = getattr(model, "config", None)
+    main = getattr(model, "main_input_name", None)
+    if main == "pixel_values" and config is not None:
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (batch, config.num_channels, height, width)
+        return {"pixel_values": torch.randn(shape, generator=generator).to(_float_dtype(model))}
+    if main == "input_ids" and config is not None:
+        ids = torch.randint(0, config.get_text_config().vocab_size, (batch, sequence), generator=generator)
+        inputs = {"input_ids": ids}
+        if "attention_mask" in inspect.signature(model.forward).parameters:
+            mask = torch.ones_like(ids)
+            for row in range(batch):
+                mask[row, sequence - min(row, sequence // 2) :] = 0
+            inputs["attention_mask"] = mask
+        return inputs
+    raise UnsupportedError(
+        f"{type(model).__name__} reads {main!r}; only transformers models that read input_ids or pixel_values can be exported"
+    )
+
+
+def run_model(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The named output tensors of one forward, without gradients or cache."""
+    with torch.no_grad():
+        result = model(**inputs)
+    named = {name: value for name, value in dict(result).items() if isinstance(value, Tensor)}
+    if not named:
+        raise UnsupportedError(f"{type(model).__name__} returns no tensor; only transformers models can be exported")
+    return named
+
+
+def trace(model: nn.Module) -> ir.Model:
+    """Export `model` (eval mode, cache off) to an ONNX graph that shares its weights.
+
+    Raises:
+        UnsupportedError: torch cannot trace or convert the model; names the module and the reason.
+    """
+    inputs = sample_inputs(model, batch=2, sequence=7)
+    text = "input_ids" in inputs
+    dims = {0: torch.export.Dim(BATCH)} | ({1: torch.export.Dim(SEQUENCE)} if text else {})
+    dynamic = {name: dict(dims) for name in inputs}
+    outputs = run_model(model, inputs)
+    stack: list[str] = []
+    with _quiet(), _tracked(model, stack):
+        try:
+            onnx = torch.onnx.export(
+                model,
+                (),
+                kwargs=inputs,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_shapes=dynamic,
+                dynamo=True,
+                verbose=False,
+            )
+        except Exception as error:  # the exporter raises many kinds; all of them mean the same to the user
+            raise UnsupportedError(_problem(model, stack, error)) from error
+    assert onnx is not None
+    _strip(onnx.model)
+    return onnx.model
+
+
+@contextlib.contextmanager
+def _tracked(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    """Keep in `stack` the paths of the modules being traced; a failure leaves the path down to the culprit."""
+
+    def leave(*_: object) -> None:
+        stack.pop()
+
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
+        hooks.append(module.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _problem(model: nn.Module, stack: list[str], error: Exception) -> str:
+    return "?"
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _strip(model: ir.Model) -> None:
+    """Drop what the exporter noted about its own machine (stack traces, file names); keep the module scopes."""
+    for node in model.graph:
+        scopes = node.metadata_props.get(SCOPES)
+        node.metadata_props.clear()
+        if scopes is not None:
+            node.metadata_props[SCOPES] = scopes
+    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.graph.doc_string = None
+
+
+def _float_dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in _NOISY]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import stat
 import struct
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,7 @@ def load_adapter(path: str | Path) -> SdctAdapter:
         AdapterFormatError: naming the file, the module and what to do.
     """
     folder = Path(path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise AdapterFormatError(
             f"{folder} is not a folder; an sDCT adapter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
         )
@@ -62,6 +64,8 @@ def load_adapter(path: str | Path) -> SdctAdapter:
         if not name.endswith(VALUES_SUFFIX):
             continue
         module = name.removesuffix(VALUES_SUFFIX)
+        if not module:
+            raise AdapterFormatError(f"{weights}: tensor {name!r} names no module; save the adapter again")
         indices = tensors.get(module + INDICES_SUFFIX)
         if indices is None:
             raise AdapterFormatError(
@@ -91,10 +95,10 @@ def load_adapter(path: str | Path) -> SdctAdapter:
     if unknown:
         raise AdapterFormatError(f"{weights}: {CONFIG_FILE} lists module {unknown[0]!r}, but its tensors are missing")
     hash_, dtype = raw.get("base_model_hash"), raw.get("base_model_dtype")
-    if hash_ is not None and (not isinstance(hash_, str) or dtype not in DTYPE_NAMES):
+    if (hash_, dtype) != (None, None) and not (isinstance(hash_, str) and dtype in tuple(DTYPE_NAMES)):
         raise AdapterFormatError(
-            f"{folder / CONFIG_FILE}: base_model_hash needs a base_model_dtype of {', '.join(DTYPE_NAMES)}; "
-            f"got {dtype!r}"
+            f"{folder / CONFIG_FILE}: base_model_hash and base_model_dtype belong together: a string and one of "
+            f"{', '.join(DTYPE_NAMES)}; got {hash_!r} and {dtype!r}"
         )
     try:
         return SdctAdapter(config, modules, saved, hash_, dtype)
@@ -128,17 +132,7 @@ def read_safetensors(path: Path) -> dict[str, Array]:
     """
     from safetensors import SafetensorError, deserialize
 
-    try:
-        size = path.stat().st_size
-        if size > MAX_WEIGHTS_BYTES:
-            raise AdapterFormatError(
-                f"{path} is {size} bytes; an adapter of more than {MAX_WEIGHTS_BYTES} bytes is refused"
-            )
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise AdapterFormatError(f"{path} is missing; copy the whole adapter folder") from None
-    except OSError as error:
-        raise AdapterFormatError(f"{path} cannot be read: {error.strerror or error}") from error
+    data = _read(path, MAX_WEIGHTS_BYTES)
     if len(data) < 8 or struct.unpack("<Q", data[:8])[0] > min(len(data) - 8, MAX_HEADER_BYTES):
         raise AdapterFormatError(
             f"{path} is truncated or not a safetensors file ({len(data)} bytes); copy or save it again"
@@ -168,17 +162,32 @@ def encode_safetensors(tensors: dict[str, Array]) -> bytes:
     return bytes(save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read(path: Path, limit: int) -> bytes:
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise AdapterFormatError(
-                f"{path} is larger than {MAX_CONFIG_BYTES} bytes; this is not an adapter configuration"
-            )
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would block, a device never end
+            raise AdapterFormatError(f"{path} is not a regular file; copy the whole adapter folder")
+        if status.st_size > limit:
+            raise AdapterFormatError(f"{path} has {status.st_size} bytes; an adapter's may have up to {limit}")
+        return path.read_bytes()
     except FileNotFoundError:
         raise AdapterFormatError(f"{path} is missing; copy the whole adapter folder") from None
     except OSError as error:
         raise AdapterFormatError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"repeated field {next(n for n in names if names.count(n) > 1)!r}")
+    return fields
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    data = _read(path, MAX_CONFIG_BYTES)
+    try:
+        raw = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise AdapterFormatError(f"{path} is not valid JSON ({error}); copy or save the adapter again") from error
     if not isinstance(raw, dict):

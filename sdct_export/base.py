@@ -39,6 +39,7 @@ def load_base(
         BaseMismatchError: the folder is no model checkpoint, or its head has another size than asked for.
     """
     import transformers
+    from safetensors import SafetensorError
 
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -50,7 +51,7 @@ def load_base(
         model, info = loader.from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BaseMismatchError(f"cannot load a base model from {path}: {error}") from error
     mismatched = list(info["mismatched_keys"])
     if mismatched:

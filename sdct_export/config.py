@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -60,7 +61,7 @@ class SdctConfig:
         if isinstance(targets, str):
             try:
                 re.compile(targets)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ConfigError(f"target_modules {targets!r} is not a valid regular expression: {error}") from error
             if not targets:
                 raise ConfigError("target_modules is empty; name at least one linear layer, e.g. ['q_proj', 'v_proj']")
@@ -75,10 +76,7 @@ class SdctConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ConfigError(f"{field} must be an integer of at least {low}, got {value!r}")
         for field in ("scaling", "delta"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ConfigError(f"{field} must be a finite number, got {value!r}")
-            object.__setattr__(self, field, float(value))
+            object.__setattr__(self, field, _finite(field, getattr(self, field)))
         if self.scaling == 0.0:
             raise ConfigError("scaling is 0, so the adapter would have no effect; set it to 1.0")
         if not 0.0 <= self.delta <= 1.0:
@@ -113,6 +111,14 @@ class SdctConfig:
 
 def _ends_with(path: str, names: Sequence[str]) -> bool:
     return any(path == name or path.endswith("." + name) for name in names)
+
+
+def _finite(field: str, value: object) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # an integer beyond the range of float
+            if math.isfinite(value):
+                return float(value)
+    raise ConfigError(f"{field} must be a finite number, got {value!r}")
 
 
 def _names(field: str, value: object) -> tuple[str, ...]:

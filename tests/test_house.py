@@ -16,7 +16,7 @@ PACKAGE = Path(sdct_export.__file__).parent
 LAYERS = [
     {"errors", "config", "files", "contract"},
     {"spectrum", "selection", "adapter", "adapter_io"},
-    {"base"},
+    {"base", "checkpoint"},
     {"tuning", "project", "merge", "plot"},
     {"graph"},
     {"bundle", "probe"},

@@ -1,0 +1,322 @@
+"""Adapters in memory and on disk: exact round trips, fixed bytes, and the weight change they stand for."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import pickle
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from make_adapters import golden, random_adapter
+from references import delta_weight as reference_delta_weight
+from references import relative_error
+
+from sdct_export.adapter import SdctAdapter, SdctEntries, base_hash, check_fit
+from sdct_export.config import SdctConfig
+from sdct_export.errors import AdapterFormatError, BaseMismatchError, ConfigError, OutputError
+from sdct_export.files import check_adapter_name, new_file, new_folder
+
+GOLDEN = Path(__file__).parent / "golden" / "adapter"
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
+
+
+def assert_identical(first: SdctAdapter, second: SdctAdapter) -> None:
+    assert first.config == second.config
+    assert (first.base_hash, first.base_dtype) == (second.base_hash, second.base_dtype)
+    assert list(first.modules) == list(second.modules)
+    assert list(first.saved) == list(second.saved)
+    for name, entries in first.modules.items():
+        other = second.modules[name]
+        assert entries.shape == other.shape
+        for one, two in ((entries.values, other.values), (entries.indices, other.indices)):
+            assert one.dtype == two.dtype
+            assert one.tobytes() == two.tobytes()
+    for name, array in first.saved.items():
+        assert array.dtype == second.saved[name].dtype
+        assert array.shape == second.saved[name].shape
+        assert array.tobytes() == second.saved[name].tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_round_trip_is_bit_exact(tmp_path: Path, dtype: type) -> None:
+    # every finite bit pattern of a half type, and float32 values that no shorter decimal text holds
+    if dtype is np.float32:
+        values = np.random.default_rng(0).normal(size=1000).astype(np.float32) * np.float32(1e-30)
+    else:
+        values = np.arange(65536, dtype=np.uint16).view(dtype)
+        values = values[np.isfinite(values.astype(np.float32))]
+    indices = np.stack([np.arange(values.size) // 300, np.arange(values.size) % 300], axis=1).astype(np.int32)
+    saved = {"classifier.weight": values[:12].reshape(3, 4).copy(), "classifier.bias": values[5:8].copy()}
+    config = SdctConfig(target_modules=["q"], n_coefficients=values.size, modules_to_save=["classifier"], scaling=0.1)
+    adapter = SdctAdapter(config, {"a.q": SdctEntries(values, indices, (400, 300))}, saved)
+    adapter.save(tmp_path / "out")
+    assert_identical(SdctAdapter.load(tmp_path / "out"), adapter)
+
+
+def test_golden_file_loads_to_known_numbers() -> None:
+    assert_identical(SdctAdapter.load(GOLDEN), golden())
+
+
+def test_saving_gives_the_golden_bytes(tmp_path: Path) -> None:
+    golden().save(tmp_path / "built")
+    SdctAdapter.load(GOLDEN).save(tmp_path / "copied")
+    for name in FILES:
+        want = (GOLDEN / name).read_bytes()
+        assert (tmp_path / "built" / name).read_bytes() == want
+        assert (tmp_path / "copied" / name).read_bytes() == want
+    assert sorted(p.name for p in (tmp_path / "built").iterdir()) == sorted(FILES)
+
+
+def test_a_config_without_optional_fields_and_with_pefts_own_fields_loads(tmp_path: Path) -> None:
+    golden().save(tmp_path / "a")
+    raw = json.loads((tmp_path / "a" / FILES[0]).read_text())
+    kept = {k: raw[k] for k in ("peft_type", "target_modules", "modules_to_save", "scaling")}
+    peft = {"auto_mapping": None, "peft_version": "0.21.2", "revision": None, "inference_mode": True}
+    (tmp_path / "a" / FILES[0]).write_text(json.dumps(kept | peft))
+    adapter = SdctAdapter.load(tmp_path / "a")
+    assert adapter.base_hash is None
+    assert all(entries.shape is None for entries in adapter.modules.values())
+    assert adapter.modules.keys() == golden().modules.keys()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (31, 17), (96, 384)])
+def test_delta_weight_equals_scipy(dtype: type, shape: tuple[int, int]) -> None:
+    adapter = random_adapter({"q": shape}, min(60, shape[0] * shape[1]), dtype=dtype)
+    adapter = dataclasses.replace(adapter, config=dataclasses.replace(adapter.config, scaling=-2.5))
+    entries = adapter.modules["q"]
+    want = reference_delta_weight(entries.values, entries.indices, shape, -2.5)
+    got = adapter.delta_weight("q")
+    assert got.numpy().dtype == np.float32
+    assert np.abs(want).max() > 0
+    assert relative_error(got, want) <= 1e-6
+
+
+def test_delta_weight_needs_a_shape_that_fits() -> None:
+    adapter = golden()
+    module = "encoder.layer.1.attention.self.query"
+    with pytest.raises(BaseMismatchError, match="pass shape"):
+        adapter.delta_weight(module)
+    assert adapter.delta_weight(module, (12, 8)).shape == (12, 8)
+    with pytest.raises(BaseMismatchError, match="indices up to"):
+        adapter.delta_weight(module, (2, 8))
+    with pytest.raises(BaseMismatchError, match="trained on 12 x 8"):
+        adapter.delta_weight("encoder.layer.0.attention.self.query", (12, 9))
+    with pytest.raises(BaseMismatchError, match=r"no module 'nothing'"):
+        adapter.delta_weight("nothing", (12, 8))
+
+
+def test_an_adapter_is_frozen() -> None:
+    adapter = golden()
+    entries = adapter.modules["encoder.layer.0.attention.self.query"]
+    with pytest.raises(ValueError, match="read-only"):
+        entries.values[0] = 1
+    with pytest.raises(ValueError, match="read-only"):
+        adapter.saved["classifier.bias"][0] = 1
+    with pytest.raises(TypeError):
+        adapter.modules["x"] = entries  # type: ignore[index]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        adapter.config = SdctConfig()  # type: ignore[misc]
+    assert adapter.n_parameters == 5 + 6 + 4 + 24 + 2
+
+
+def test_scaling_is_folded_in_with_one_rounding() -> None:
+    values = np.array([1 / 3, -7e-8, 65504], dtype=np.float16)
+    entries = SdctEntries(values, np.array([[0, 0], [0, 1], [1, 0]], dtype=np.int32))
+    want = (values.astype(np.float64) * 0.1).astype(np.float32)
+    assert entries.float32(0.1).tolist() == want.tolist()
+
+
+def entries_with(**changes: object) -> SdctEntries:
+    fields = {"values": np.ones(2, dtype=np.float32), "indices": np.array([[0, 0], [1, 1]], dtype=np.int32)}
+    return SdctEntries(**(fields | {"shape": (2, 2)} | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"values": np.ones(2)}, "float32, float16 or bfloat16, got float64"),
+        ({"values": np.ones((2, 1), dtype=np.float32)}, r"must have shape \[n\]"),
+        ({"values": np.ones(0, dtype=np.float32)}, "n >= 1"),
+        ({"values": np.array([1, np.nan], dtype=np.float32)}, "NaN or infinite numbers .first at position 1"),
+        ({"values": np.array([np.inf, 1], dtype=ml_dtypes.bfloat16)}, "first at position 0"),
+        ({"indices": np.zeros((2, 2), dtype=np.int64)}, "must be int32"),
+        ({"indices": np.zeros((3, 2), dtype=np.int32)}, r"shape \[2, 2\] to match"),
+        ({"indices": np.zeros(4, dtype=np.int32)}, r"shape \[2, 2\] to match"),
+        ({"indices": np.array([[0, 0], [0, -1]], dtype=np.int32)}, "negative"),
+        ({"indices": np.array([[0, 0], [2, 1]], dtype=np.int32)}, r"\(2, 1\) lies outside the 2 x 2"),
+        ({"indices": np.array([[1, 0], [1, 0]], dtype=np.int32)}, r"\(1, 0\) is repeated"),
+    ],
+)
+def test_entries_refuse_what_cannot_be_right(changes: dict[str, object], message: str) -> None:
+    assert entries_with().n == 2
+    with pytest.raises(AdapterFormatError, match=message):
+        entries_with(**changes)
+
+
+def test_an_adapter_needs_something_to_apply_and_finite_heads() -> None:
+    with pytest.raises(AdapterFormatError, match="nothing to apply"):
+        SdctAdapter(SdctConfig(), {})
+    with pytest.raises(AdapterFormatError, match=r"'classifier\.bias' holds NaN"):
+        SdctAdapter(SdctConfig(), {}, {"classifier.bias": np.array([np.nan], dtype=np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_modules": []}, "target_modules is empty"),
+        ({"target_modules": ""}, "target_modules is empty"),
+        ({"target_modules": "("}, "not a valid regular expression"),
+        ({"target_modules": "a{99999999999999999999}"}, "not a valid regular expression"),
+        ({"target_modules": [1]}, "non-empty module names"),
+        ({"target_modules": {"a": 1}}, "must be a list"),
+        ({"modules_to_save": "classifier"}, "must be a list"),
+        ({"n_coefficients": 0}, "at least 1"),
+        ({"n_coefficients": True}, "at least 1"),
+        ({"n_coefficients": 7.0}, "at least 1"),
+        ({"bands": 0}, "at least 1"),
+        ({"seed": -1}, "at least 0"),
+        ({"scaling": 0}, "no effect"),
+        ({"scaling": float("nan")}, "finite number"),
+        ({"scaling": 10**400}, "finite number"),
+        ({"scaling": "1"}, "finite number"),
+        ({"delta": 1.5}, r"\[0, 1\]"),
+        ({"selection": "best"}, "energy, top, random, low"),
+        ({"selection": ["energy"]}, "energy, top, random, low"),
+        ({"task_type": "CHAT"}, "SEQ_CLS"),
+        ({"base_model_name_or_path": 3}, "must be a string"),
+    ],
+)
+def test_config_refuses_what_cannot_work(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SdctConfig(**changes)  # type: ignore[arg-type]
+
+
+def test_config_matching_follows_peft() -> None:
+    config = SdctConfig(target_modules=["query", "self.value"], modules_to_save={"classifier"})
+    assert [config.matches(p) for p in ("query", "a.query", "a.xquery", "b.self.value", "value")] == [
+        True,
+        True,
+        False,
+        True,
+        False,
+    ]
+    assert config.saves("model.classifier")
+    assert not config.saves("classifier2")
+    pattern = SdctConfig(target_modules=r"h\.\d+\.attn")
+    assert pattern.matches("h.11.attn")
+    assert not pattern.matches("h.11.attn.c")
+    assert not SdctConfig().saves("classifier")
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_base_hash_depends_on_names_shapes_and_weights_but_not_on_how_they_are_held() -> None:
+    weight = np.random.default_rng(0).normal(size=(300, 400)).astype(ml_dtypes.bfloat16)
+    shape = {"q": (300, 400)}
+    want = base_hash({"q": weight}.__getitem__, shape, "bfloat16")
+    assert want.startswith("sha256:")
+    assert base_hash({"q": weight.astype(np.float32)}.__getitem__, shape, "bfloat16") == want
+    assert base_hash({"q": np.asfortranarray(weight)}.__getitem__, shape, "bfloat16") == want
+    assert base_hash({"q": weight.astype(np.float32)}.__getitem__, shape, "float32") != want
+    assert base_hash({"k": weight}.__getitem__, {"k": (300, 400)}, "bfloat16") != want
+    assert base_hash({"q": weight.reshape(400, 300)}.__getitem__, {"q": (400, 300)}, "bfloat16") != want
+    changed = weight.copy()
+    changed[0, 0] += 1
+    assert base_hash({"q": changed}.__getitem__, shape, "bfloat16") != want
+    other = np.random.default_rng(1).normal(size=(300, 400)).astype(ml_dtypes.bfloat16)
+    two = {"q": weight, "k": other}
+    shapes = {"q": (300, 400), "k": (300, 400)}
+    assert base_hash(two.__getitem__, shapes, "float32") == base_hash(
+        two.__getitem__, dict(reversed(shapes.items())), "float32"
+    )
+
+
+def test_check_fit_names_both_shapes() -> None:
+    entries = entries_with()
+    check_fit("q", entries, (2, 2))
+    with pytest.raises(BaseMismatchError, match=r"module 'q' is 3 x 2 in the base .* trained on 2 x 2"):
+        check_fit("q", entries, (3, 2))
+
+
+# outputs are complete or absent
+
+
+def test_an_existing_output_is_refused_and_left_alone(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "mine").write_text("keep")
+    with pytest.raises(OutputError, match=r"out exists already; choose another output"):
+        golden().save(target)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (target / "mine").read_text() == "keep"
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OutputError, match="exists already"):
+        golden().save(tmp_path / "dangling")
+
+
+@pytest.mark.parametrize("failing", ["write_text", "write_bytes"])
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    def full(self: Path, *args: object, **kwargs: object) -> None:
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, failing, full)
+    with pytest.raises(OutputError, match=r"No space left on device; nothing was left there"):
+        golden().save(tmp_path / "deep" / "out")
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_an_output_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write"):
+        golden().save(tmp_path / "file" / "out")
+
+
+def test_new_folder_and_new_file_disappear_on_any_error(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("old")
+
+    def fail(work: Path) -> None:
+        work.write_text("half")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "folder") as work:
+        fail(work / "part")
+    with pytest.raises(RuntimeError), new_file(tmp_path / "old") as work:
+        fail(work)
+    assert [p.name for p in tmp_path.iterdir()] == ["old"]
+    assert (tmp_path / "old").read_text() == "old"
+    with new_file(tmp_path / "old") as work:
+        work.write_text("new")
+    assert (tmp_path / "old").read_text() == "new"
+    with pytest.raises(OutputError, match="exists already"), new_file(tmp_path / "old", overwrite=False):
+        pass
+
+
+def test_outputs_have_the_permissions_a_plain_write_would_give(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain.txt").write_text("")
+    with new_folder(tmp_path / "ours"):
+        pass
+    with new_file(tmp_path / "ours.txt"):
+        pass
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "ours.txt").stat().st_mode == (tmp_path / "plain.txt").stat().st_mode
+
+
+@pytest.mark.parametrize("name", ["a", "legal-2", "A_b", "0", "x" * 128])
+def test_adapter_names(name: str) -> None:
+    assert check_adapter_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", " ", "a b", "a/b", "../a", ".", "..", "a.b", "a\\b", "-a", "_a", "a\n", "ä", "a\0", "x" * 129, None, 3],
+)
+def test_adapter_names_that_could_leave_a_folder_or_confuse_a_tool_are_refused(name: object) -> None:
+    with pytest.raises(ConfigError, match=r"adapter name .* is not allowed"):
+        check_adapter_name(name)

@@ -7,8 +7,7 @@ import copy
 import dataclasses
 import functools
 import inspect
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import DTYPE_NAMES, VALUE_DTYPES, Array, SdctAdapter, SdctEntries
-from ..base import check_base, linear_shape, linear_weight, model_hash, to_numpy, to_torch
+from ..base import check_base, to_numpy, to_torch
 from ..config import SdctConfig
-from ..errors import BaseMismatchError, ConfigError, UnknownAdapterError, UnsupportedError
+from ..errors import BaseMismatchError, ConfigError, UnknownAdapterError
 from ..files import check_adapter_name
-from ..selection import select_for_weight
+from .inject import base_name, check_linear, find_heads, find_targets, fresh_entry, identity, shape_of, task_type
 from .layer import CHILD, SdctEntry, SdctLayer
 
-_TASKS = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForImageClassification": "IMAGE_CLS",
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "Model": "FEATURE_EXTRACTION",
-}
-_BASE = "__base__"  # no adapter can have this name
+_OWN = "__base__"  # stands for the base's own heads; no adapter can have this name
 
 
 def get_sdct_model(base: nn.Module, config: SdctConfig, adapter_name: str = "default") -> SdctModel:
     """Freeze `base` (in place) and put a trainable adapter on every linear layer that `config.target_modules` names.
 
-    The values start at zero, so the model computes what the base computes until the first optimiser step. Everything of the
-    base stays reachable through the returned model (`model.config`, `model.generate`, ...); `model.base` is the base itself.
+    The values start at zero, so the model computes what the base computes until the first optimiser step. Everything
+    of the base stays reachable through the returned model (`model.config`, `model.generate`, ...); `model.base` is the
+    base itself.
 
     Raises:
         ConfigError: nothing matches, `n_coefficients` exceeds a matrix, or the settings contradict each other.
@@ -53,29 +45,29 @@ def get_sdct_model(base: nn.Module, config: SdctConfig, adapter_name: str = "def
 class SdctModel(nn.Module):
     """A frozen base with sDCT adapters; made by `get_sdct_model` or `SdctModel.from_adapter`.
 
-    `state_dict` holds the adapters only (coefficients and saved modules), so the checkpoints of a training loop stay small;
-    `load_state_dict` accepts the same.
+    `state_dict` holds the adapters only (coefficients and saved modules), so that the checkpoints of a training loop
+    stay small; `load_state_dict` accepts the same.
     """
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         if any(isinstance(module, SdctLayer | SdctModel) for module in base.modules()):
             raise ConfigError(
-                "the base carries sDCT adapters already; call add_adapter or load_adapter on its SdctModel"
+                "the base carries sDCT adapters already; call add_adapter or load_adapter of its SdctModel"
             )
         self.base = base.requires_grad_(False)
         self.configs: dict[str, SdctConfig] = {}
         self.active: str | None = None
-        # saved modules that are not in the base at the moment: adapter name -> path (dots as slashes) -> module
-        self.inactive = nn.ModuleDict({_BASE: nn.ModuleDict()})
-        self._hashes: dict[str, tuple[str, str] | None] = {}
+        # modules of modules_to_save that are not in the base now: adapter name -> path (dots as slashes) -> module
+        self.parked = nn.ModuleDict({_OWN: nn.ModuleDict()})
+        self._identities: dict[str, tuple[str, str] | tuple[None, None]] = {}
         self._merged: Any = None
-        self.register_state_dict_post_hook(_drop_base)
-        self.register_load_state_dict_post_hook(_allow_missing_base)
+        self.register_state_dict_post_hook(_drop_base)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_allow_missing_base)  # type: ignore[no-untyped-call]
 
     @staticmethod
     def from_adapter(base: nn.Module, adapter: SdctAdapter | str | Path, adapter_name: str = "default") -> SdctModel:
-        """Freeze `base`, put a trained adapter on it and activate it. Raises as `load_adapter`."""
+        """Freeze `base` (in place), put a trained adapter on it and activate it. Raises as `load_adapter`."""
         model = _new(base)
         model.load_adapter(adapter, adapter_name)
         model.set_adapter(adapter_name)
@@ -108,20 +100,15 @@ class SdctModel(nn.Module):
         self._check_new(name)
         if config.selection == "top":
             raise ConfigError(
-                "selection 'top' picks the largest coefficients of a known weight change, which training does not have yet; "
-                "use `energy` here, or turn a trained LoRA or checkpoint into an adapter with `sdct-export project`"
+                "selection 'top' picks the largest coefficients of a known weight change, which training does not "
+                "have yet; use 'energy' here, or turn a LoRA or a tuned checkpoint into an adapter with "
+                "`sdct-export project`"
             )
-        targets = self._targets(config)
-        for path, module in targets.items():
-            d_out, d_in = _shape(module)
-            if config.n_coefficients > d_out * d_in:
-                raise ConfigError(
-                    f"n_coefficients is {config.n_coefficients}, but module {path!r} is {d_out} x {d_in} and has only "
-                    f"{d_out * d_in}; lower n_coefficients or take the module out of target_modules"
-                )
-        heads = self._heads(config, targets)
-        entries = {path: _fresh_entry(path, module, config) for path, module in targets.items()}
-        self._add(name, config, targets, entries, heads)
+        with self.disable_adapter():
+            targets = find_targets(self.base, config)
+            heads = find_heads(self.base, config, targets)
+            entries = {path: fresh_entry(path, module, config) for path, module in targets.items()}
+            self._add(name, config, targets, entries, {path: _copy(head) for path, head in heads.items()})
 
     def load_adapter(self, adapter: SdctAdapter | str | Path, adapter_name: str) -> None:
         """Add a trained adapter from a folder or from memory; `set_adapter(adapter_name)` activates it.
@@ -131,36 +118,21 @@ class SdctModel(nn.Module):
             BaseMismatchError: the adapter was trained on another base.
         """
         self._check_new(adapter_name)
-        label = f"adapter {adapter_name!r}" if isinstance(adapter, SdctAdapter) else f"adapter {str(adapter)!r}"
+        label = "the adapter" if isinstance(adapter, SdctAdapter) else str(adapter)
         if not isinstance(adapter, SdctAdapter):
             adapter = SdctAdapter.load(adapter)
         with self.disable_adapter():
             check_base(adapter, self.base, label=label)
-        config = adapter.config
-        targets = {path: self.base.get_submodule(path) for path in adapter.modules}
-        for path, module in targets.items():
-            _check_linear(path, module)
-        entries = {}
-        for path, stored in adapter.modules.items():
-            device = targets[path].get_parameter("weight").device
-            values = torch.from_numpy(stored.float32()).to(device)
-            entries[path] = SdctEntry(values, to_torch(stored.indices).to(device), config.scaling)
-        heads = self._heads(config, targets)
-        expected = {f"{path}.{name}": p for path, head in heads.items() for name, p in head.named_parameters()}
-        if set(expected) != set(adapter.saved):
-            odd = sorted(set(expected) ^ set(adapter.saved))[0]
-            where = "stores no" if odd in expected else "stores a stray"
-            raise BaseMismatchError(f"{label} {where} {odd!r} for its modules_to_save; save the adapter again")
-        with torch.no_grad():
-            for parameter_name, parameter in expected.items():
-                stored_parameter = to_torch(adapter.saved[parameter_name])
-                if stored_parameter.shape != parameter.shape:
-                    raise BaseMismatchError(
-                        f"{label}: {parameter_name!r} has shape {list(stored_parameter.shape)}, but the base expects "
-                        f"{list(parameter.shape)}; load the base with the number of labels the adapter was trained for"
-                    )
-                parameter.copy_(stored_parameter)
-        self._add(adapter_name, config, targets, entries, heads)
+            targets = {path: self.base.get_submodule(path) for path in adapter.modules}
+            for path, module in targets.items():
+                check_linear(path, module)
+            heads = {path: _copy(head) for path, head in find_heads(self.base, adapter.config, targets).items()}
+            _fill(heads, adapter, label)
+            entries = {}
+            for path, stored in adapter.modules.items():
+                entry = SdctEntry(torch.from_numpy(stored.float32()), to_torch(stored.indices), adapter.config.scaling)
+                entries[path] = entry.to(targets[path].get_parameter("weight").device)
+            self._add(adapter_name, adapter.config, targets, entries, heads)
 
     def set_adapter(self, name: str) -> None:
         """Make `name` the one adapter that is applied and trained."""
@@ -202,17 +174,16 @@ class SdctModel(nn.Module):
             entry = layer.entry(name)
             if entry.values.is_meta:
                 raise ConfigError("a model on the meta device has no values to save; load it with its weights")
-            values = to_numpy(entry.values.float()).copy().astype(value_dtype)
-            modules[path] = SdctEntries(values, to_numpy(entry.indices).copy(), _shape(linear))
+            values = to_numpy(entry.values.float()).astype(value_dtype)
+            modules[path] = SdctEntries(values, to_numpy(entry.indices).copy(), shape_of(linear))
         saved: dict[str, Array] = {}
         for path, head in self._heads_of(name).items():
             for parameter_name, parameter in head.named_parameters():
                 saved[f"{path}.{parameter_name}"] = to_numpy(parameter).copy()
-        hashed = self._hashes[name]
-        return SdctAdapter(self.configs[name], modules, saved, *(hashed or (None, None)))
+        return SdctAdapter(self.configs[name], modules, saved, *self._identities[name])
 
     def save_adapter(self, path: str | Path, adapter_name: str = "default", *, dtype: str | None = None) -> None:
-        """Write adapter `adapter_name` as the new folder `path`; arguments and errors as `adapter`, and `OutputError`."""
+        """Write adapter `adapter_name` as the new folder `path`. Raises as `adapter`, and `OutputError`."""
         self.adapter(adapter_name, dtype=dtype).save(path)
 
     def merge(self) -> None:
@@ -252,148 +223,86 @@ class SdctModel(nn.Module):
 
     # -- private -------------------------------------------------------------------------------------------------
 
-    def _layers(self) -> list[tuple[str, nn.Module, SdctLayer]]:
+    def _layers(self) -> Iterator[tuple[str, nn.Module, SdctLayer]]:
         """Path, linear layer and adapters of every adapted layer."""
-        found = []
         for path, module in self.base.named_modules():
             layer = module._modules.get(CHILD)
             if isinstance(layer, SdctLayer):
-                found.append((path, module, layer))
-        return found
-
-    def _targets(self, config: SdctConfig) -> dict[str, nn.Module]:
-        targets = {}
-        linear = []
-        for path, module in self.base.named_modules():
-            if linear_shape(module) is not None:
-                linear.append(path)
-            if config.matches(path):
-                _check_linear(path, module)
-                targets[path] = module
-        if not targets:
-            named = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
-            tails = sorted({path.rpartition(".")[2] for path in linear})
-            raise ConfigError(
-                f"no module of {type(self.base).__name__} matches target_modules {named!r}; its linear layers are named "
-                f"{', '.join(tails[:12]) or '(it has none)'} (for example {linear[0] if linear else '-'!r})"
-            )
-        return targets
-
-    def _heads(self, config: SdctConfig, targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
-        """Trainable copies of the base's own `modules_to_save`."""
-        if config.modules_to_save is None:
-            return {}
-        with self.disable_adapter():
-            found = {path: module for path, module in self.base.named_modules() if path and config.saves(path)}
-            found = {p: m for p, m in found.items() if not any(p.startswith(f"{outer}.") for outer in found)}
-            for name in config.modules_to_save:
-                if not any(path == name or path.endswith(f".{name}") for path in found):
-                    raise ConfigError(
-                        f"modules_to_save names {name!r}, which {type(self.base).__name__} does not have"
-                    )
-            for path, module in found.items():
-                inside = [t for t in targets if t == path or t.startswith(f"{path}.")]
-                if inside:
-                    raise ConfigError(
-                        f"target module {inside[0]!r} lies in {path!r}, which modules_to_save trains in full; "
-                        "take it out of one of the two"
-                    )
-                self._check_head(path, module)
-            return {path: copy.deepcopy(module).requires_grad_(False) for path, module in found.items()}
-
-    def _check_head(self, path: str, module: nn.Module) -> None:
-        own = dict(module.named_parameters())
-        if not own:
-            raise ConfigError(f"modules_to_save names {path!r}, a {type(module).__name__} without parameters")
-        if any(isinstance(m, SdctLayer) for m in module.modules()):
-            raise ConfigError(f"modules_to_save names {path!r}, in which another adapter has target modules")
-        kept = {name for name, _ in module.named_buffers()} & set(module.state_dict())
-        if kept:
-            raise UnsupportedError(
-                f"module {path!r} cannot be in modules_to_save: its buffer {min(kept)!r} would not be stored; "
-                "save the linear layers inside it instead"
-            )
-        ids = {id(p): name for name, p in own.items()}
-        for other, parameter in self.base.named_parameters(remove_duplicate=False):
-            if id(parameter) in ids and not other.startswith(f"{path}."):
-                raise UnsupportedError(
-                    f"module {path!r} cannot be in modules_to_save: its {ids[id(parameter)]!r} is tied to {other!r}; "
-                    "adapt it through target_modules, or untie the weights (config.tie_word_embeddings = False)"
-                )
+                yield path, module, layer
 
     def _add(
         self,
         name: str,
         config: SdctConfig,
-        targets: dict[str, nn.Module],
-        entries: dict[str, SdctEntry],
-        heads: dict[str, nn.Module],
+        targets: Mapping[str, nn.Module],
+        entries: Mapping[str, SdctEntry],
+        heads: Mapping[str, nn.Module],
     ) -> None:
-        self._hashes[name] = _hash(self.base, targets)
+        for other in self.configs:
+            for head in self._heads_of(other):
+                inside = [path for path in targets if f"{path}.".startswith(f"{head}.")]
+                if inside:
+                    raise ConfigError(
+                        f"target module {inside[0]!r} lies in {head!r}, which adapter {other!r} trains in full"
+                    )
+        self._identities[name] = identity(self.base, targets)
         self.configs[name] = dataclasses.replace(
             config,
-            task_type=config.task_type or _task_type(self.base),
-            base_model_name_or_path=config.base_model_name_or_path or _base_name(self.base),
+            task_type=config.task_type or task_type(self.base),
+            base_model_name_or_path=config.base_model_name_or_path or base_name(self.base),
         )
+        self.parked[name] = nn.ModuleDict({path.replace(".", "/"): head for path, head in heads.items()})
         for path, linear in targets.items():
             layer = linear._modules.get(CHILD)
             if not isinstance(layer, SdctLayer):
-                layer = SdctLayer(linear, _shape(linear)[0])
+                layer = SdctLayer(linear)
             layer.entries[name] = entries[path].requires_grad_(False)
-        self.inactive[name] = nn.ModuleDict({path.replace(".", "/"): head for path, head in heads.items()})
 
     def _activate(self, name: str | None) -> None:
         """Apply and train `name` alone; None for the bare base. Moves saved modules in and out of the base."""
         if self.active is not None:
-            self._swap(self.active, _BASE)
+            self._swap(_OWN, self.active)
+            self.active = None
         if name is not None:
-            self._swap(_BASE, name)
-        self.active = name
+            self._swap(name, _OWN)
+            self.active = name
         for _, _, layer in self._layers():
             layer.active = name
             for key, entry in layer.entries.items():
                 entry.requires_grad_(key == name)
 
-    def _swap(self, leaving: str, entering: str) -> None:
-        """Put the saved modules of `entering` where those of `leaving` are; one of the two is the base."""
-        adapter = entering if leaving == _BASE else leaving
-        incoming, outgoing = self.inactive[entering], self.inactive[leaving]
-        assert isinstance(incoming, nn.ModuleDict) and isinstance(outgoing, nn.ModuleDict)
-        for path in self._head_paths(adapter):
-            key = path.replace(".", "/")
-            parent, _, attribute = path.rpartition(".")
+    def _swap(self, entering: str, leaving: str) -> None:
+        """Put every parked module of `entering` in its place in the base, and park what was there under `leaving`."""
+        parked = self._parked(entering)
+        for key in list(parked):
+            parent, _, attribute = key.replace("/", ".").rpartition(".")
             holder = self.base.get_submodule(parent)
-            old, new = holder._modules[attribute], incoming.pop(key)
-            assert old is not None
-            outgoing[key] = old.requires_grad_(False)
-            holder._modules[attribute] = new.requires_grad_(entering != _BASE).train(old.training)
+            old, new = holder.get_submodule(attribute), parked.pop(key)
+            holder._modules[attribute] = new.requires_grad_(entering != _OWN).train(old.training)
+            self._parked(leaving)[key] = old.requires_grad_(False)
 
-    def _head_paths(self, name: str) -> list[str]:
-        config = self.configs[name]
-        stored = self.inactive[_BASE] if name == self.active else self.inactive[name]
-        assert isinstance(stored, nn.ModuleDict)
-        return [path for path in (key.replace("/", ".") for key in stored) if config.saves(path)]
+    def _parked(self, name: str) -> nn.ModuleDict:
+        parked = self.parked[name]
+        assert isinstance(parked, nn.ModuleDict)
+        return parked
 
     def _heads_of(self, name: str) -> dict[str, nn.Module]:
-        if name == self.active:
-            return {path: self.base.get_submodule(path) for path in self._head_paths(name)}
-        stored = self.inactive[name]
-        assert isinstance(stored, nn.ModuleDict)
-        return {key.replace("/", "."): head for key, head in stored.items()}
+        """Path -> saved module of adapter `name`, wherever it is now."""
+        if name == self.active:  # its place in the base is where the base's own head was taken from
+            paths = [key.replace("/", ".") for key in self._parked(_OWN)]
+            return {path: self.base.get_submodule(path) for path in paths}
+        return {key.replace("/", "."): head for key, head in self._parked(name).items()}
 
     def _check_new(self, name: str) -> None:
         check_adapter_name(name)
         self._refuse_merged("adding an adapter")
         if name in self.configs:
-            raise ConfigError(
-                f"an adapter named {name!r} exists already ({', '.join(self.configs)}); choose another name"
-            )
+            raise ConfigError(f"an adapter named {name!r} exists already; choose another name")
 
     def _check_known(self, name: str) -> None:
         if name not in self.configs:
-            raise UnknownAdapterError(
-                f"no adapter is named {name!r}; this model has {', '.join(self.configs) or 'none'}"
-            )
+            known = ", ".join(self.configs) or "none"
+            raise UnknownAdapterError(f"no adapter is named {name!r}; this model has: {known}")
 
     def _refuse_merged(self, what: str) -> None:
         if self._merged is not None:
@@ -401,13 +310,12 @@ class SdctModel(nn.Module):
 
 
 def _new(base: nn.Module) -> SdctModel:
-    model: SdctModel = _class_for(type(base))(base)
-    return model
+    return _class_for(type(base))(base)  # type: ignore[arg-type]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _class_for(base: type[nn.Module]) -> type[SdctModel]:
-    """`SdctModel` whose `forward` shows the signature of `base.forward`: transformers' Trainer reads it from class and object."""
+    """`SdctModel` whose `forward` shows the signature of `base.forward`, which transformers' Trainer inspects."""
 
     def forward(self: SdctModel, *args: Any, **kwargs: Any) -> Any:
         return self.base(*args, **kwargs)
@@ -418,8 +326,29 @@ def _class_for(base: type[nn.Module]) -> type[SdctModel]:
 
 
 def _rebuild(base: type[nn.Module]) -> SdctModel:
-    cls = _class_for(base)
+    cls = _class_for(base)  # type: ignore[arg-type]
     return cls.__new__(cls)
+
+
+def _copy(head: nn.Module) -> nn.Module:
+    return copy.deepcopy(head).requires_grad_(False)
+
+
+def _fill(heads: Mapping[str, nn.Module], adapter: SdctAdapter, label: str) -> None:
+    """Write the saved parameters of `adapter` into `heads`, after checking that names and shapes agree."""
+    expected = {f"{path}.{name}": p for path, head in heads.items() for name, p in head.named_parameters()}
+    for name in sorted(set(expected) ^ set(adapter.saved)):
+        state = "is missing from" if name in expected else "is not part of the modules_to_save of"
+        raise BaseMismatchError(f"{label}: {name!r} {state} the adapter; save it again on the base it was trained on")
+    for name, parameter in expected.items():
+        stored = to_torch(adapter.saved[name])
+        if stored.shape != parameter.shape:
+            raise BaseMismatchError(
+                f"{label}: {name!r} has shape {list(stored.shape)}, but {list(parameter.shape)} in the base; load the "
+                "base with the number of labels the adapter was trained for"
+            )
+        with torch.no_grad():
+            parameter.copy_(stored)
 
 
 def _drop_base(model: SdctModel, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
@@ -435,76 +364,11 @@ def _allow_missing_base(model: SdctModel, incompatible: Any) -> None:
 
 
 def _base_keys(model: SdctModel) -> list[str]:
-    heads = [] if model.active is None else [f"base.{path}." for path in model._head_paths(model.active)]
+    heads = () if model.active is None else tuple(f"base.{path}." for path in model._heads_of(model.active))
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     keys = []
-    for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
-        if name.startswith(f"inactive.{_BASE}."):
-            keys.append(name)
-        elif name.startswith("base.") and f".{CHILD}.entries." not in name and not name.startswith(tuple(heads)):
+    for name, _ in tensors:
+        in_base = name.startswith("base.") and f".{CHILD}.entries." not in name and not name.startswith(heads)
+        if in_base or name.startswith(f"parked.{_OWN}."):
             keys.append(name)
     return keys
-
-
-def _check_linear(path: str, module: nn.Module) -> None:
-    if linear_shape(module) is None:
-        raise UnsupportedError(
-            f"target_modules selects {path!r}, a {type(module).__name__}; only Linear and Conv1D layers can be adapted, "
-            "so name those"
-        )
-    weight = module._parameters.get("weight")
-    if weight is None or not weight.is_floating_point() or tuple(linear_weight(module).shape) != linear_shape(module):
-        raise UnsupportedError(
-            f"target_modules selects {path!r}, a {type(module).__name__} whose weight is quantized or packed; "
-            "load the base in float32, float16 or bfloat16 to adapt it"
-        )
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        raise UnsupportedError(
-            f"target_modules selects {path!r}, the output projection of a torch MultiheadAttention, which reads its weight "
-            "without calling it; leave it out of target_modules"
-        )
-
-
-def _shape(linear: nn.Module) -> tuple[int, int]:
-    shape = linear_shape(linear)
-    assert shape is not None
-    return shape
-
-
-def _fresh_entry(path: str, linear: nn.Module, config: SdctConfig) -> SdctEntry:
-    weight = linear_weight(linear)
-    if weight.is_meta:
-        indices = torch.zeros(config.n_coefficients, 2, dtype=torch.int32, device="meta")
-    else:
-        # the path salts the seed, so that layers of the same shape do not all draw the same random part
-        chosen = select_for_weight(
-            weight,
-            config.selection,
-            config.n_coefficients,
-            delta=config.delta,
-            bands=config.bands,
-            seed=(config.seed, zlib.crc32(path.encode())),
-        )
-        indices = torch.from_numpy(chosen).to(weight.device)
-    values = torch.zeros(config.n_coefficients, dtype=torch.float32, device=weight.device)
-    return SdctEntry(values, indices, config.scaling)
-
-
-def _hash(base: nn.Module, targets: dict[str, nn.Module]) -> tuple[str, str] | None:
-    """`(hash, dtype)` of the weights the adapter changes, None on the meta device."""
-    weights = [linear_weight(module) for module in targets.values()]
-    if not weights or any(weight.is_meta for weight in weights):
-        return None
-    dtype = str(weights[0].dtype).removeprefix("torch.")
-    return model_hash(base, {path: _shape(module) for path, module in targets.items()}, dtype), dtype
-
-
-def _task_type(base: nn.Module) -> str | None:
-    if not hasattr(base, "config"):
-        return None
-    name = type(base).__name__
-    return next((task for suffix, task in _TASKS.items() if name.endswith(suffix)), None)
-
-
-def _base_name(base: nn.Module) -> str | None:
-    name = getattr(getattr(base, "config", None), "_name_or_path", None)
-    return name if isinstance(name, str) and name else None

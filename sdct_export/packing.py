@@ -61,7 +61,8 @@ def pack(bundle: Bundle, adapter: SdctAdapter, *, label: str = "the adapter") ->
                         f"{capacity}; export the bundle again together with this adapter"
                     )
                 order = np.lexsort((entries.indices[:, 1], entries.indices[:, 0]))
-                scaled = entries.float32(adapter.config.scaling)[order]
+                with np.errstate(over="ignore"):
+                    scaled = entries.float32(adapter.config.scaling)[order]
                 if not np.isfinite(scaled).all():
                     raise BaseMismatchError(
                         f"{label}: the coefficients of module {module!r} times scaling {adapter.config.scaling} "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import numbers
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ from .ort import OrtBackend, OrtTensor
 Selection = str | None | Mapping[str, float]  # the adapters of one batch row
 
 DEFAULT_MAX_SLOTS = 256
+_MAX_SCALE = float(np.finfo(np.float32).max)
 
 
 class MultiAdapterModel:
@@ -176,7 +175,7 @@ def _row(entry: Selection, where: str) -> dict[str, float]:
     for name, scale in entry.items():
         if not isinstance(name, str):
             raise ConfigError(f"{where} must map adapter names to scales; got the key {name!r}")
-        if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not math.isfinite(np.float32(scale)):
+        if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not abs(scale) <= _MAX_SCALE:
             raise ConfigError(f"{where}: the scale of {name!r} must be a finite number, got {scale!r}")
         if scale != 0:
             row[name] = float(scale)
@@ -218,11 +217,10 @@ def _check_inputs(specs: Sequence[TensorSpec], inputs: Mapping[str, Array]) -> t
 
 def _cast(spec: TensorSpec, value: object) -> Array:
     target = np.dtype(spec.dtype)
-    array: Array | None = None
-    with contextlib.suppress(ValueError, TypeError):
-        array = np.asarray(value)
-    if array is None:
-        raise ConfigError(f"input {spec.name!r} is not a rectangular array of numbers")
+    try:
+        array: Array = np.asarray(value)
+    except (ValueError, TypeError):
+        raise ConfigError(f"input {spec.name!r} is not a rectangular array of numbers") from None
     if array.dtype == target:
         return array
     whole = array.dtype.kind in "iu" and target.kind in "iu" and array.size > 0
@@ -232,5 +230,5 @@ def _cast(spec: TensorSpec, value: object) -> Array:
         with np.errstate(over="ignore"):
             return array.astype(target)
     raise ConfigError(
-        f"input {spec.name!r} must be {spec.dtype}, got {array.dtype} that cannot be converted without loss"
+        f"input {spec.name!r} must be {spec.dtype}; it is {array.dtype}, which does not convert without loss"
     )

@@ -1,0 +1,308 @@
+"""Slots, growth, eviction and leases of `Bank`, on plain numpy memory."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from sdct_export.errors import ConfigError, UnknownAdapterError
+from sdct_export.runtime.bank import FIRST_SLOTS, Bank
+
+LAYOUT = {"values": (np.dtype(np.float32), (3,)), "present": (np.dtype(np.float32), ())}
+
+
+class NumpyMemory:
+    """Bank memory that can be told to fail."""
+
+    def __init__(self) -> None:
+        self.fail_zeros = self.fail_write = False
+        self.writes: list[int] = []
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        if self.fail_zeros:
+            raise MemoryError
+        return np.zeros(shape, dtype)
+
+    def write(self, tensor: np.ndarray, slot: int, row: np.ndarray) -> None:
+        if self.fail_write:
+            raise RuntimeError("device lost")
+        self.writes.append(slot)
+        tensor[slot] = row
+
+
+def rows(value: float) -> dict[str, np.ndarray]:
+    return {"values": np.full(3, value, np.float32), "present": np.float32(value)}
+
+
+def make(max_slots: int, names: str = "") -> tuple[Bank, NumpyMemory]:
+    memory = NumpyMemory()
+    bank = Bank(LAYOUT, memory, max_slots)
+    for name in names:
+        bank.add(name, rows(ord(name)), 3, None)
+    return bank, memory
+
+
+def held(lease, name: str) -> float:
+    """The value in the slot of `name`, the same in every place of it."""
+    slot = lease.slots[name]
+    found = {*lease.tensors["values"][slot].tolist(), float(lease.tensors["present"][slot])}
+    assert len(found) == 1
+    return found.pop()
+
+
+def resident(bank: Bank) -> set[str]:
+    return {name for name, info in bank.info().items() if info.slot is not None}
+
+
+def test_slot_zero_stays_zero_and_slots_are_distinct() -> None:
+    bank, _ = make(64, "abcdefghijklmnopqrstuvwxyz")
+    with bank.lease("abcdefghijklmnopqrstuvwxyz") as lease:
+        assert len(set(lease.slots.values())) == 26
+        assert 0 not in lease.slots.values()
+        assert not lease.tensors["values"][0].any()
+        assert all(held(lease, name) == ord(name) for name in lease.slots)
+
+
+def test_it_grows_by_doubling_up_to_max_slots_and_keeps_contents() -> None:
+    bank, _ = make(20)
+    sizes = []
+    for i in range(19):
+        bank.add(str(i), rows(i + 1), 3, None)
+        sizes.append(bank.slots)
+    assert sizes == [8] * 7 + [16] * 8 + [20] * 4
+    with bank.lease(map(str, range(19))) as lease:
+        assert lease.tensors["values"].shape == (20, 3)
+        assert [held(lease, str(i)) for i in range(19)] == [i + 1 for i in range(19)]
+
+
+def test_a_small_bank_starts_at_max_slots() -> None:
+    assert make(3)[0].slots == 3
+    assert make(1000)[0].slots == FIRST_SLOTS
+
+
+def test_growth_leaves_running_requests_their_tensors() -> None:
+    bank, _ = make(64, "abcdefg")
+    with bank.lease("a") as old:
+        before = old.tensors["values"].copy()
+        for name in "hijklmn":
+            bank.add(name, rows(ord(name)), 3, None)
+        with bank.lease("ah") as new:
+            assert new.tensors["values"] is not old.tensors["values"]
+            assert held(new, "h") == ord("h")
+            assert held(new, "a") == held(old, "a") == ord("a")
+        np.testing.assert_array_equal(old.tensors["values"], before)
+
+
+def test_the_least_recently_used_adapter_gives_up_its_slot_and_comes_back() -> None:
+    bank, _ = make(4, "abcde")
+    assert resident(bank) == set("abc")  # loading does not push others out
+    with bank.lease("a"):
+        pass
+    with bank.lease("d") as lease:  # b is the oldest now
+        assert held(lease, "d") == ord("d")
+    assert resident(bank) == set("acd")
+    with bank.lease("be") as lease:
+        assert (held(lease, "b"), held(lease, "e")) == (ord("b"), ord("e"))
+    assert resident(bank) == set("bed")
+
+
+def test_a_resident_adapter_is_not_written_again() -> None:
+    bank, memory = make(8, "ab")
+    count = len(memory.writes)
+    for _ in range(3):
+        with bank.lease("ab"):
+            pass
+    assert len(memory.writes) == count
+
+
+def test_pinned_slots_are_never_taken() -> None:
+    bank, _ = make(3, "abcd")
+    with bank.lease("a") as first:
+        for name in "bcdbcd":
+            with bank.lease(name) as lease:
+                assert held(lease, name) == ord(name)
+                assert lease.slots[name] != first.slots["a"]
+        assert held(first, "a") == ord("a")
+
+
+def test_more_adapters_than_slots_in_one_request_is_an_error() -> None:
+    bank, _ = make(3, "abcd")
+    with (
+        pytest.raises(ConfigError, match=r"needs 3 adapters at once, the bank holds at most 2 \(max_slots=3\); raise"),
+        bank.lease("abc"),
+    ):
+        pass
+    with bank.lease("aabbab"):
+        pass  # two distinct ones
+
+
+def test_a_request_waits_for_slots_that_others_hold() -> None:
+    bank, _ = make(3, "abcd")
+    got = []
+
+    def other() -> None:
+        with bank.lease("cd") as lease:
+            got.append((held(lease, "c"), held(lease, "d")))
+
+    thread = threading.Thread(target=other)
+    with bank.lease("a"):
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        assert not got
+    thread.join(10)
+    assert got == [(ord("c"), ord("d"))]
+
+
+def test_an_adapter_unloaded_while_a_request_waits_for_it_is_unknown() -> None:
+    bank, _ = make(2, "ab")
+    errors = []
+
+    def other() -> None:
+        try:
+            with bank.lease("b"):
+                pass
+        except UnknownAdapterError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=other)
+    with bank.lease("a"):
+        thread.start()
+        time.sleep(0.1)
+        bank.remove("b")
+        thread.join(10)
+    assert errors == ["no adapter named 'b' is loaded; loaded: a"]
+
+
+def test_removal_hides_the_name_at_once_and_frees_the_slot_when_the_last_request_ends() -> None:
+    bank, _ = make(2, "a")
+    with bank.lease("a") as first, bank.lease("a"):
+        bank.remove("a")
+        assert bank.info() == {}
+        with pytest.raises(UnknownAdapterError, match="'a' is loaded; loaded: none"), bank.lease("a"):
+            pass
+        bank.add("a", rows(7), 3, None)  # the same name again, while the old one still runs
+        assert bank.info()["a"].slot is None
+        assert held(first, "a") == ord("a")
+    with bank.lease("a") as lease:
+        assert held(lease, "a") == 7
+
+
+def test_a_name_is_loaded_once() -> None:
+    bank, _ = make(8, "a")
+    with pytest.raises(ConfigError, match="named 'a' is loaded already; unload it first or choose another name"):
+        bank.add("a", rows(1), 3, None)
+    with bank.lease("a") as lease:
+        assert held(lease, "a") == ord("a")
+
+
+def test_failed_growth_changes_nothing() -> None:
+    bank, memory = make(64, "abcdefg")
+    memory.fail_zeros = True
+    with pytest.raises(
+        ConfigError, match=r"no memory for an adapter bank of 16 slots of 0\.0 MiB each; lower max_slots"
+    ):
+        bank.add("h", rows(1), 3, None)
+    assert set(bank.info()) == set("abcdefg")
+    assert bank.slots == 8
+    with bank.lease("abcdefg") as lease:
+        assert all(held(lease, name) == ord(name) for name in "abcdefg")
+    memory.fail_zeros = False
+    bank.add("h", rows(8), 3, None)
+    with bank.lease("ha") as lease:
+        assert (held(lease, "h"), held(lease, "a")) == (8, ord("a"))
+
+
+def test_a_failed_write_changes_nothing() -> None:
+    bank, memory = make(4, "abcd")
+    memory.fail_write = True
+    with pytest.raises(RuntimeError, match="device lost"), bank.lease("d"):
+        pass
+    memory.fail_write = False
+    for names in ("abc", "bcd", "da"):
+        with bank.lease(names) as lease:
+            assert all(held(lease, name) == ord(name) for name in names)
+
+
+def test_an_error_inside_a_lease_releases_it() -> None:
+    bank, _ = make(2, "ab")
+    with pytest.raises(ZeroDivisionError), bank.lease("a"):
+        raise ZeroDivisionError
+    with bank.lease("b") as lease:
+        assert held(lease, "b") == ord("b")
+
+
+@pytest.mark.parametrize("max_slots", [1, 0, -3, 2.0, True, None])
+def test_max_slots_must_leave_room_for_an_adapter(max_slots: object) -> None:
+    with pytest.raises(ConfigError, match="max_slots must be an integer of at least 2"):
+        Bank(LAYOUT, NumpyMemory(), max_slots)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("max_slots", [4, 9, 64])
+def test_threads_never_see_a_slot_change_under_them(max_slots: int) -> None:
+    """Some threads lease and look twice at their slots, others load and unload; versions of a name differ in value."""
+    bank, _ = make(max_slots)
+    names = [f"n{i}" for i in range(12)]
+    valid: dict[str, set[float]] = {name: set() for name in names}
+    version = iter(range(1, 10**9))
+    publish = threading.Lock()
+    problems: list[str] = []
+    stop = time.monotonic() + 1.5
+    checked = [0]
+
+    def use(seed: int) -> None:
+        rng = random.Random(seed)
+        while time.monotonic() < stop:
+            wanted = rng.sample(names, rng.randint(1, 3))
+            try:
+                with bank.lease(wanted) as lease:
+                    first = {name: held(lease, name) for name in wanted}
+                    time.sleep(rng.random() * 1e-3)
+                    if first != {name: held(lease, name) for name in wanted}:
+                        problems.append(f"a leased slot changed: {first}")
+                    if lease.tensors["values"][0].any():
+                        problems.append("slot 0 was written")
+                    with publish:
+                        if any(first[name] not in valid[name] for name in wanted):
+                            problems.append(f"a slot holds another adapter: {first}")
+                    checked[0] += 1
+            except UnknownAdapterError:
+                pass
+
+    def change(seed: int) -> None:
+        rng = random.Random(seed)
+        while time.monotonic() < stop:
+            name = rng.choice(names)
+            try:
+                if rng.random() < 0.6:
+                    with publish:
+                        value = float(next(version))
+                        valid[name].add(value)
+                    bank.add(name, rows(value), 3, None)
+                else:
+                    bank.remove(name)
+            except (ConfigError, UnknownAdapterError):
+                pass
+
+    def guarded(work, seed: int) -> None:
+        try:
+            work(seed)
+        except BaseException as error:
+            problems.append(repr(error))
+
+    threads = [threading.Thread(target=guarded, args=(use, i)) for i in range(5)]
+    threads += [threading.Thread(target=guarded, args=(change, 100 + i)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads), "a request waits for ever"
+    assert problems == []
+    assert checked[0] > 50
+    # every slot is accounted for once all is quiet
+    slots = [info.slot for info in bank.info().values() if info.slot is not None]
+    assert sorted(slots + bank._free) == list(range(1, bank.slots))

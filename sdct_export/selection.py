@@ -8,25 +8,27 @@ bands made a parameter).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from .errors import ConfigError
-from .spectrum import dct2
+
+if TYPE_CHECKING:  # numpy alone suffices for everything but `select_for_weight`
+    from torch import Tensor
 
 Indices = npt.NDArray[np.int32]
 
 
 def band_map(shape: tuple[int, int], bands: int) -> npt.NDArray[np.uint8]:
     """Band number of every coefficient, `[d_out, d_in]` uint8, 0 the lowest frequencies."""
-    if not 1 <= bands <= 255:
-        raise ConfigError(f"bands must lie in 1..255, got {bands}")
-    squared = _squared_distance(shape)
-    largest = float(squared[-1, -1])
-    edges = np.array([largest * (j / bands) ** 2 for j in range(1, bands)])
-    return np.searchsorted(edges, squared.ravel(), side="right").astype(np.uint8).reshape(shape)
+    return _band_numbers(_squared_distance(shape), shape, bands)
+
+
+def bands_of(indices: npt.NDArray[Any], shape: tuple[int, int], bands: int) -> npt.NDArray[np.uint8]:
+    """Band number of the coefficients at `indices [n, 2]` (row, col), `[n]` uint8."""
+    return _band_numbers((indices.astype(np.int64) ** 2).sum(axis=1), shape, bands)
 
 
 def band_quotas(n: int, sizes: list[int]) -> list[int]:
@@ -86,7 +88,7 @@ def select(
         if spectrum is None or tuple(spectrum.shape) != tuple(shape):
             got = None if spectrum is None else tuple(spectrum.shape)
             raise ConfigError(f"selection {selection!r} needs a spectrum of shape {tuple(shape)}, got {got}")
-        magnitude = spectrum.detach().abs().to(torch.float32).cpu().numpy().ravel()
+        magnitude = spectrum.detach().abs().float().cpu().numpy().ravel()
         flat = _by_band(magnitude, n, shape, bands, 1.0 if selection == "top" else delta, rng)
     else:
         raise ConfigError(f"unknown selection {selection!r}; choose energy, top, random or low")
@@ -98,6 +100,8 @@ def select_for_weight(
     weight: Tensor, selection: str, n: int, *, delta: float = 0.7, bands: int = 3, seed: int | tuple[int, ...] = 0
 ) -> Indices:
     """`select` on the 2-D DCT of `weight [d_out, d_in]` (computed only where the selection reads it)."""
+    from .spectrum import dct2
+
     shape = (int(weight.shape[0]), int(weight.shape[1]))
     spectrum = dct2(weight.detach().float()) if selection in ("energy", "top") else None
     return select(selection, n, shape, spectrum=spectrum, delta=delta, bands=bands, seed=seed)
@@ -123,6 +127,14 @@ def _by_band(
         chosen.append(inside[order[cut:]])
         chosen.append(inside[rng.choice(order[:cut], size=quota - by_magnitude, replace=False)])
     return np.concatenate(chosen)
+
+
+def _band_numbers(squared: npt.NDArray[np.int64], shape: tuple[int, int], bands: int) -> npt.NDArray[np.uint8]:
+    if not 1 <= bands <= 255:
+        raise ConfigError(f"bands must lie in 1..255, got {bands}")
+    largest = float((shape[0] - 1) ** 2 + (shape[1] - 1) ** 2)
+    edges = np.array([largest * (j / bands) ** 2 for j in range(1, bands)])
+    return np.searchsorted(edges, squared.ravel(), side="right").astype(np.uint8).reshape(squared.shape)
 
 
 def _squared_distance(shape: tuple[int, int]) -> npt.NDArray[np.int64]:

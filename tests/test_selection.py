@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from references import band_of
 
 from sdct_export.errors import ConfigError
-from sdct_export.selection import band_map, band_quotas, select, select_for_weight
+from sdct_export.selection import band_map, band_quotas, bands_of, select, select_for_weight
 from sdct_export.spectrum import dct2
 
 SHAPES = [(1, 1), (1, 9), (9, 1), (2, 2), (12, 12), (17, 40), (64, 31)]
@@ -42,6 +42,8 @@ def test_band_map_equals_exact_integer_arithmetic(shape: tuple[int, int], bands:
     got = band_map(shape, bands)
     want = [[band_of(row, col, shape, bands) for col in range(shape[1])] for row in range(shape[0])]
     assert got.tolist() == want
+    indices = np.argwhere(np.ones(shape)).astype(np.int32)
+    assert bands_of(indices, shape, bands).tolist() == got.ravel().tolist()
     assert got[0, 0] == 0
     assert got[-1, -1] == bands - 1
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from .config import SdctConfig
     from .errors import SdctError
     from .export import export_merged, export_multi
-    from .merge import merge, merge_checkpoint
-    from .project import project
+    from .merging import merge, merge_checkpoint
+    from .projection import project
     from .tuning import SdctModel, get_sdct_model
 
 __version__ = "0.1.0"
@@ -39,9 +39,9 @@ _HOME = {
     "export_merged": "export",
     "export_multi": "export",
     "get_sdct_model": "tuning",
-    "merge": "merge",
-    "merge_checkpoint": "merge",
-    "project": "project",
+    "merge": "merging",
+    "merge_checkpoint": "merging",
+    "project": "projection",
 }
 
 

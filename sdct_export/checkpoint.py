@@ -1,16 +1,18 @@
 """Hugging Face checkpoint folders, read and written one tensor at a time, so that memory does not grow with the model.
 
 `Checkpoint` finds the tensors of `model.safetensors` or of the shards named by its index; bytes are read with plain
-file reads, not a memory map, whose touched pages would count as resident memory. `Structure` knows which checkpoint key
-holds which parameter of the model class, from the architecture on the meta device and the rules by which transformers
-itself renames keys when it loads a checkpoint. `write_safetensors` writes a file while its tensors are being made.
+file reads, not a memory map, whose touched pages would count as resident memory. `Structure` knows which checkpoint
+key holds which parameter of the model class, from the architecture on the meta device and the rules by which
+transformers itself renames keys when it loads a checkpoint. `write_safetensors` writes a file tensor by tensor.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import model_class
-from .errors import BaseMismatchError, UnsupportedError
+from .errors import BaseMismatchError, SdctError, UnsupportedError
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -136,7 +138,6 @@ class Structure:
     Args:
         checkpoint: the checkpoint.
         task_type: chooses the model class, see `SdctConfig.task_type`; None takes the class the checkpoint names.
-        class_name: a transformers class that overrules `task_type`.
         num_labels: size of the classification head, where it differs from the checkpoint's.
 
     Attributes:
@@ -154,7 +155,6 @@ class Structure:
         checkpoint: Checkpoint,
         task_type: str | None = None,
         *,
-        class_name: str | None = None,
         num_labels: int | None = None,
     ) -> None:
         import transformers
@@ -167,8 +167,7 @@ class Structure:
             self.resized = num_labels is not None and num_labels != self.config.num_labels
             if self.resized:
                 self.config.num_labels = num_labels
-            named = getattr(transformers, class_name, None) if class_name else None
-            loader = named or model_class(self.config, task_type)
+            loader = model_class(self.config, task_type)
             with torch.device("meta"):
                 self.model: nn.Module = (getattr(loader, "from_config", None) or loader)(self.config)
         except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
@@ -214,8 +213,8 @@ class Structure:
         for name, key in self._converted.items():
             if name == parameter or name.rsplit(".", 2)[0] == stem.rsplit(".", 1)[0]:
                 raise UnsupportedError(
-                    f"parameter {parameter!r} is stored in another form (as {key!r}) and converted while loading; save "
-                    "the model once with `save_pretrained` in its loaded form, or merge in memory"
+                    f"parameter {parameter!r} is stored in another form (as {key!r}) and converted while loading; "
+                    "save the model once with `save_pretrained` in its loaded form, or merge in memory"
                 )
         raise BaseMismatchError(
             f"the checkpoint holds no tensor for parameter {parameter!r}; use a complete checkpoint"
@@ -229,6 +228,55 @@ class Structure:
         if name not in self._state and key in self._state:
             return key, False
         return name, pattern is not None
+
+
+def structure_for(checkpoint: Checkpoint, task_type: str | None, saved: Mapping[str, tuple[int, ...]]) -> Structure:
+    """The structure for an adapter that saves parameters of the shapes in `saved`: the head as large as the adapter's.
+
+    Raises:
+        BaseMismatchError: a saved parameter has another shape, whatever the number of labels.
+    """
+    structure = Structure(checkpoint, task_type)
+    state = structure.model.state_dict()
+    own = {name: state.get(structure.resolve(name)) for name in saved}
+    labels = {saved[name][:1] for name, tensor in own.items() if tensor is not None and tensor.shape != saved[name]}
+    if len(labels) == 1 and (size := labels.pop()):
+        structure = Structure(checkpoint, task_type, num_labels=size[0])
+        state = structure.model.state_dict()
+    for name, shape in saved.items():
+        tensor = state.get(structure.resolve(name))
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise BaseMismatchError(
+                f"the adapter stores {name!r} with shape {list(shape)}, but the base has {list(tensor.shape)}; use "
+                "the base model the adapter was trained on"
+            )
+    return structure
+
+
+def tied_parameters(model: nn.Module) -> list[list[str]]:
+    """Names of the parameters of a model that share one tensor, e.g. `lm_head.weight` with the embeddings."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter.data_ptr() or id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+@contextlib.contextmanager
+def progress_bar(
+    label: str, total: int, show: bool | None, *, in_bytes: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """A function to call with each amount done; draws on stderr, by default (`show` None) only on a terminal."""
+    if not (sys.stderr.isatty() if show is None else show):
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    amount = DownloadColumn() if in_bytes else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda n: bar.advance(task, n)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,18 +323,18 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint. Raises `BaseMismatchError` where it is none."""
+def read_json(path: Path, error_type: type[SdctError] = BaseMismatchError) -> dict[str, Any]:
+    """A JSON object from a file of a checkpoint. Raises `error_type` where it is none."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise BaseMismatchError(f"{path} is larger than {MAX_JSON_BYTES} bytes; it is not a checkpoint's file")
+            raise error_type(f"{path} is larger than {MAX_JSON_BYTES} bytes; it is not a checkpoint's file")
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise BaseMismatchError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise error_type(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise BaseMismatchError(f"{path} is not valid JSON ({error}); copy the checkpoint again") from error
+        raise error_type(f"{path} is not valid JSON ({error}); copy the checkpoint again") from error
     if not isinstance(raw, dict):
-        raise BaseMismatchError(f"{path} must hold a JSON object, got {type(raw).__name__}")
+        raise error_type(f"{path} must hold a JSON object, got {type(raw).__name__}")
     return raw
 
 

@@ -85,7 +85,7 @@ def export_merged(
         UnsupportedError: the model cannot be exported; names the module and the reason.
         OutputError: `output` exists, or cannot be written.
     """
-    from .merge import merge
+    from .merging import merge
 
     named = {"adapter": _load(adapter)}
     base = _prepare(model, named, task_type)

@@ -17,7 +17,7 @@ LAYERS = [
     {"errors", "config", "files", "contract"},
     {"spectrum", "selection", "adapter", "adapter_io"},
     {"base", "checkpoint"},
-    {"tuning", "project", "merge", "plot"},
+    {"tuning", "projection", "merging", "plot"},
     {"graph"},
     {"bundle", "probe"},
     {"packing"},

@@ -188,7 +188,7 @@ class SdctModel(nn.Module):
 
     def merge(self) -> None:
         """Add the active adapter into the base's weights and heads, so that the forward costs what the base costs."""
-        from ..merge import merge
+        from ..merging import merge
 
         self._refuse_merged("merging again")
         if self.active is None:

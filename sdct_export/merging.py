@@ -9,9 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,8 +28,11 @@ from .checkpoint import (
     Checkpoint,
     NewTensor,
     Structure,
+    progress_bar,
     read_json,
+    structure_for,
     tensor_bytes,
+    tied_parameters,
     write_safetensors,
 )
 from .errors import BaseMismatchError, ConfigError, UnsupportedError
@@ -189,44 +190,21 @@ def merge_checkpoint(
     if not isinstance(adapter, SdctAdapter):
         adapter = SdctAdapter.load(adapter)
     base = Checkpoint(base_path)
-    structure = _structure_for(base, adapter)
+    shapes = {name: array.shape for name, array in adapter.saved.items()}
+    structure = structure_for(base, adapter.config.task_type, shapes)
     original, adapter = adapter, _renamed(adapter, structure)
     _refuse_tied(structure.model, adapter)
     check_base(adapter, structure.model)
     _check_base_hash(original, base, structure)
     plan = _plan(base, structure, adapter)
-    with new_folder(output_path) as folder, _bar(progress, plan) as advance:
+    size = sum(t.nbytes for tensors in plan.values() for t in tensors)
+    with new_folder(output_path) as folder, progress_bar("merging", size, progress, in_bytes=True) as advance:
         _copy_other_files(base.folder, folder)
         _write_config(base.folder / CONFIG_FILE, folder / CONFIG_FILE, base, structure, plan)
         for file, tensors in plan.items():
             write_safetensors(folder / file, [_counted(t, advance) for t in tensors], base.metadata[file])
         if base.index is not None:
             _write_index(folder / INDEX_FILE, base.index, plan)
-
-
-def _structure_for(base: Checkpoint, adapter: SdctAdapter) -> Structure:
-    """The structure of the base with the adapter's task, its head as large as the adapter's."""
-    task = adapter.config.task_type
-    structure = Structure(base, task)
-    state = structure.model.state_dict()
-    mismatched = {
-        name: array.shape
-        for name, array in adapter.saved.items()
-        if (own := state.get(structure.resolve(name))) is not None and tuple(own.shape) != array.shape
-    }
-    if mismatched:
-        labels = {shape[0] if shape else 0 for shape in mismatched.values()}
-        if len(labels) == 1:
-            structure = Structure(base, task, num_labels=labels.pop())
-            state = structure.model.state_dict()
-        for name, shape in mismatched.items():
-            own = tuple(state[structure.resolve(name)].shape)
-            if own != shape:
-                raise BaseMismatchError(
-                    f"the adapter stores {name!r} with shape {list(shape)}, but the base has {list(own)}; use the "
-                    "base model the adapter was trained on"
-                )
-    return structure
 
 
 def _renamed(adapter: SdctAdapter, structure: Structure) -> SdctAdapter:
@@ -319,20 +297,6 @@ def _counted(tensor: NewTensor, advance: Callable[[int], None]) -> NewTensor:
     return dataclasses.replace(tensor, content=make)
 
 
-@contextmanager
-def _bar(progress: bool | None, plan: Mapping[str, list[NewTensor]]) -> Iterator[Callable[[int], None]]:
-    if not (sys.stderr.isatty() if progress is None else progress):
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("merging", total=sum(t.nbytes for tensors in plan.values() for t in tensors))
-        yield lambda n: bar.advance(task, n)
-
-
 def _copy_other_files(source: Path, target: Path) -> None:
     skipped = {CONFIG_FILE, INDEX_FILE}
     for path in sorted(source.rglob("*")):
@@ -397,14 +361,11 @@ def _check_dtype(name: str, parameter: Tensor) -> None:
 
 def _refuse_tied(model: nn.Module, adapter: SdctAdapter) -> None:
     """A weight shared by two modules would change in both, which is not what the adapter was trained to do."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter.data_ptr() or id(parameter), []).append(name)
     changed = {f"{path}.weight" for path in adapter.modules} | set(adapter.saved)
-    for group in names.values():
+    for group in tied_parameters(model):
         touched = sorted(changed & set(group))
-        others = sorted(set(group) - set(touched[:1]))
-        if touched and others:
+        if touched:
+            others = sorted(set(group) - {touched[0]})
             raise UnsupportedError(
                 f"{touched[0]!r} is tied to {others[0]!r}: merging would change both; untie them first "
                 "(tie_word_embeddings=False and a checkpoint that stores both) or adapt other modules"

@@ -72,9 +72,10 @@ def trace(model: nn.Module) -> ir.Model:
     text = "input_ids" in inputs
     dims = {0: torch.export.Dim(BATCH)} | ({1: torch.export.Dim(SEQUENCE)} if text else {})
     dynamic = {name: dict(dims) for name in inputs}
-    outputs = run_model(model, inputs)
     stack: list[str] = []
-    with _quiet(), _tracked(model, stack):
+    with _quiet(), _without_cache(model):
+        outputs = run_model(model, inputs)
+    with _quiet(), _without_cache(model), _tracked(model, stack):
         try:
             onnx = torch.onnx.export(
                 model,
@@ -91,6 +92,20 @@ def trace(model: nn.Module) -> ir.Model:
     assert onnx is not None
     _strip(onnx.model)
     return onnx.model
+
+
+@contextlib.contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Decoders return no key-value cache inside the block."""
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if before is not None:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if before is not None:
+            config.use_cache = before
 
 
 @contextlib.contextmanager
@@ -112,12 +127,31 @@ def _tracked(model: nn.Module, stack: list[str]) -> Iterator[None]:
 
 
 def _problem(model: nn.Module, stack: list[str], error: Exception) -> str:
-    return "?"
+    """Which module stopped the export, and the reason torch gives at the root of its chain of errors."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    if stack:  # tracing stopped inside a module; what follows a second root is torch's next attempt
+        first = stack[: stack.index("", 1)] if "" in stack[1:] else stack
+        path = first[-1]
+    else:
+        path = next((found for cause in chain if (found := _module_of_node(cause))), "")
+    reason = next((line.strip() for line in str(chain[-1]).splitlines() if line.strip()), "no reason given")
+    where = f"module {path!r}" if path else "the model as a whole"
+    return f"{type(model).__name__} cannot be exported to ONNX: {where} failed with {type(chain[-1]).__name__}: {reason}"
 
 
-def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def _module_of_node(error: BaseException) -> str | None:
+    """The module of the traced node that `error` names (`translating node %linear_3`), found where it was raised."""
+    named = re.search(r"translating node %(\w+)", str(error))
+    traceback = error.__traceback__
+    while named and traceback is not None:
+        for value in traceback.tb_frame.f_locals.values():
+            if isinstance(value, torch.fx.Node) and value.name == named[1]:
+                paths = [path for path, _ in value.meta.get("nn_module_stack", {}).values() if path]
+                return paths[-1] if paths else None
+        traceback = traceback.tb_next
+    return None
 
 
 def _strip(model: ir.Model) -> None:

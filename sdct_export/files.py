@@ -33,7 +33,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         OutputError: `path` exists already, its parent cannot be made, or the disk refused a write.
     """
     target = Path(path)
-    _refuse_existing(target)
+    refuse_existing(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
@@ -41,7 +41,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
     try:
         yield work
-        _refuse_existing(target)
+        refuse_existing(target)
         work.chmod(0o777 & ~_umask())
         os.rename(work, target)
     except OSError as error:
@@ -59,7 +59,7 @@ def new_file(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     """
     target = Path(path)
     if not overwrite:
-        _refuse_existing(target)
+        refuse_existing(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent)
@@ -77,7 +77,8 @@ def new_file(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
         work.unlink(missing_ok=True)
 
 
-def _refuse_existing(target: Path) -> None:
+def refuse_existing(target: str | Path) -> None:
+    """Raise `OutputError` where something stands at `target`, to fail before long work rather than after it."""
     if os.path.lexists(target):
         raise OutputError(f"{target} exists already; choose another output or remove it first")
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _INK, _FAINT, _BAR = "#222222", "#8a8a8a", "#3b6ea5"
-_STYLE = {
+_STYLE: Any = {
     "font.size": 9,
     "axes.edgecolor": _FAINT,
     "axes.labelcolor": _INK,
@@ -38,9 +38,9 @@ _STYLE = {
 def plot_spectrum(adapter: SdctAdapter, path: str | Path, *, title: str | None = None) -> None:
     """Draw `adapter` to `path` (format by suffix: png, svg or pdf).
 
-    Left: every coefficient of the modules that share the most common shape, at (col, row), coloured by `|scaling * value|`,
-    with the edges of the distance bands as arcs. Right: energy by distance over all modules, each relative to its own
-    largest distance, and energy by module.
+    Left: every coefficient of the modules that share the most common shape, at (col, row), coloured by
+    `|scaling * value|`, with the edges of the distance bands as arcs. Right: energy by distance over all modules, each
+    relative to its own largest distance, and energy by module.
 
     Raises:
         UnsupportedError: matplotlib is not installed.
@@ -51,7 +51,7 @@ def plot_spectrum(adapter: SdctAdapter, path: str | Path, *, title: str | None =
         import matplotlib as mpl
         from matplotlib.figure import Figure
     except ImportError:
-        raise UnsupportedError("a picture needs matplotlib; install it with: pip install 'sdct_export[plot]'") from None
+        raise UnsupportedError("a picture needs matplotlib; install it: pip install 'sdct_export[plot]'") from None
     target = Path(path)
     if target.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"cannot draw to {target}: the name must end in .png, .svg or .pdf")
@@ -102,10 +102,10 @@ def _draw_positions(adapter: SdctAdapter, axes: Axes) -> None:
     )
     of = "" if len(chosen) == len(adapter.modules) else f" of {len(adapter.modules)}"
     noun = "module" if len(adapter.modules) == 1 else "modules"
-    axes.set_title(f"{n} coefficients, {len(chosen)}{of} {noun} of {shape[0]} × {shape[1]}")
+    axes.set_title(f"{n} coefficients, {len(chosen)}{of} {noun} of {shape[0]} x {shape[1]}")
     bar = axes.figure.colorbar(drawn, ax=axes, shrink=0.5, anchor=(0, 1), aspect=28, pad=0.02, extend="min")
     bar.set_label("magnitude")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
 
 
 def _draw_arcs(bands: int, shape: tuple[int, int], axes: Axes) -> None:
@@ -136,9 +136,8 @@ def _draw_distances(adapter: SdctAdapter, axes: Axes) -> None:
     for j in range(bands if bands <= 12 else 0):
         low, high = j / bands, (j + 1) / bands
         inside = (distance >= low) & ((distance < high) if j + 1 < bands else True)
-        axes.text(
-            (low + high) / 2, top * 0.97, f"band {j + 1}\n{energy[inside].sum() / total:.0%}", ha="center", va="top", color=_INK
-        )
+        label = f"band {j + 1}\n{energy[inside].sum() / total:.0%}"
+        axes.text((low + high) / 2, top * 0.97, label, ha="center", va="top", color=_INK)
         if j:
             axes.axvline(low, color=_INK, linewidth=1.0, linestyle=(0, (4, 3)))
     axes.set(xlim=(0, 1), ylim=(0, top), xlabel="distance from zero frequency / largest distance", ylabel="energy, %")

@@ -1,0 +1,158 @@
+"""The command line. Commands parse and call the library; heavy imports happen inside the command that needs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .. import __version__
+from .inspect import inspect
+from .output import Main, busy, print_json
+from .project import project
+from .run import run
+from .verify import verify
+
+__all__ = ["main"]
+
+_EPILOG = """\b
+Examples:
+  sdct-export --merge --model bert/ --adapter legal/ --output legal-onnx/
+  sdct-export --model bert/ --adapter legal/ --adapter med=medical-v2/ --output bundle/
+  sdct-export run bundle/ --text "It is hereby agreed" --adapter legal"""
+
+
+@click.group(
+    cls=Main,
+    invoke_without_command=True,
+    no_args_is_help=True,
+    epilog=_EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.option("--model", metavar="BASE", type=click.Path(path_type=Path), help="Checkpoint folder of the base model.")
+@click.option(
+    "--adapter",
+    "adapters",
+    metavar="[NAME=]ADAPTER",
+    multiple=True,
+    help="Adapter folder; repeat it for more. NAME defaults to the folder's name.",
+)
+@click.option("--output", metavar="OUT", type=click.Path(path_type=Path), help="Folder to make; must not exist.")
+@click.option("--merge", is_flag=True, help="Merge one adapter into the weights.")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["onnx", "transformers", "tensorrt"]),
+    default="onnx",
+    show_default=True,
+    help="What to write; transformers (a checkpoint) goes with --merge.",
+)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16"]), help="Type of the ONNX weights. [default: the base's]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Report as JSON on standard output.")
+@click.version_option(__version__)
+@click.pass_context
+def main(
+    context: click.Context,
+    model: Path | None,
+    adapters: tuple[str, ...],
+    output: Path | None,
+    merge: bool,
+    format_: str,
+    dtype: str | None,
+    as_json: bool,
+) -> None:
+    """Take trained sDCT adapters to production.
+
+    With --merge, write one static model with the adapter in its weights. Without, write one multi-adapter bundle whose
+    adapters are chosen per request, per row of a batch.
+    """
+    if context.invoked_subcommand is not None:
+        if model or adapters or output or merge or dtype or as_json or format_ != "onnx":
+            raise click.UsageError(f"options of the export do not go before {context.invoked_subcommand!r}")
+        return
+    for value, name in ((model, "--model"), (adapters, "--adapter"), (output, "--output")):
+        if not value:
+            raise click.UsageError(f"missing option {name}")
+    assert model is not None
+    assert output is not None
+    named = _named(adapters)
+    if merge and len(named) > 1:
+        raise click.UsageError("--merge takes one --adapter; leave --merge out for a bundle of several")
+    if format_ == "transformers" and not merge:
+        raise click.UsageError("--format transformers needs --merge: a checkpoint holds one set of weights")
+    if format_ == "transformers" and dtype:
+        raise click.UsageError("--dtype is for ONNX; a merged checkpoint keeps the types of the base")
+    if format_ == "tensorrt":
+        from ..errors import UnsupportedError
+
+        raise UnsupportedError(
+            "TensorRT engines come with a later version; export with --format onnx, and build a merged model's engine "
+            f"with: trtexec --onnx={output}/model.onnx --saveEngine=model.engine"
+        )
+    if format_ == "transformers":
+        from ..merging import merge_checkpoint
+
+        merge_checkpoint(model, next(iter(named.values())), output)
+        _report({"output": str(output), "format": "transformers", "bytes": _size(output)}, as_json)
+        return
+    from ..export import export_merged, export_multi
+
+    with busy("exporting"):
+        if merge:
+            bundle = export_merged(model, next(iter(named.values())), output, dtype=dtype)
+        else:
+            bundle = export_multi(model, named, output, dtype=dtype)
+    _report(
+        {
+            "output": str(output),
+            "format": "onnx",
+            "kind": bundle.kind,
+            "task": bundle.task,
+            "dtype": bundle.dtype,
+            "adapters": list(bundle.adapters),
+            "bytes": _size(output),
+        },
+        as_json,
+    )
+
+
+def _named(adapters: tuple[str, ...]) -> dict[str, Path]:
+    """`[NAME=]PATH` items as name -> path."""
+    from ..errors import ConfigError
+    from ..files import check_adapter_name
+
+    named: dict[str, Path] = {}
+    for item in adapters:
+        name, equals, path = item.partition("=")
+        if not equals or Path(item).is_dir():
+            name, path = Path(item).resolve().name, item
+            try:
+                check_adapter_name(name)
+            except ConfigError as error:
+                raise ConfigError(f"{error}; choose a name with --adapter NAME={item}") from None
+        check_adapter_name(name)
+        if not path:
+            raise click.BadParameter(f"{item!r} names no folder", param_hint="--adapter")
+        if name in named:
+            raise click.BadParameter(f"two adapters are called {name!r}; use NAME=FOLDER", param_hint="--adapter")
+        named[name] = Path(path)
+    return named
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _report(result: dict[str, object], as_json: bool) -> None:
+    if as_json:
+        print_json(result)
+        return
+    adapters = result.get("adapters")
+    detail = f", adapters: {', '.join(map(str, adapters))}" if isinstance(adapters, list) and adapters else ""
+    click.echo(f"wrote {result['output']} ({int(str(result['bytes'])) / 1e6:.1f} MB{detail})")
+
+
+for _command in (project, inspect, verify, run):
+    main.add_command(_command)

@@ -1,0 +1,133 @@
+"""`sdct-export inspect`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .output import print_json, print_table, printable
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  sdct-export inspect legal/
+  sdct-export inspect legal/ --plot spectrum.png
+  sdct-export inspect bundle/ --json"""
+)
+@click.argument("path", metavar="ADAPTER|BUNDLE", type=click.Path(path_type=Path))
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="Draw the adapter's spectrum to this .png, .svg or .pdf file."
+)
+@click.option("--json", "as_json", is_flag=True, help="Report as JSON on standard output.")
+def inspect(path: Path, plot: Path | None, as_json: bool) -> None:
+    """Show what an adapter or an exported bundle holds.
+
+    Energy is the squared norm of the weight change; its shares per band run from low to high frequencies.
+    """
+    from ..bundle import BUNDLE_FILE, Bundle
+
+    if (path / BUNDLE_FILE).exists():
+        bundle = Bundle.load(path)
+        if plot:
+            raise click.UsageError(f"--plot draws one adapter; give its folder, e.g. {path}/adapters/NAME")
+        _show_bundle(bundle, as_json)
+    else:
+        _show_adapter(path, plot, as_json)
+
+
+def _show_adapter(path: Path, plot: Path | None, as_json: bool) -> None:
+    from ..adapter import SdctAdapter
+    from ..summary import summarize
+
+    adapter = SdctAdapter.load(path)
+    modules = summarize(adapter)
+    if plot:
+        from ..plot import plot_spectrum
+
+        plot_spectrum(adapter, plot, title=path.resolve().name)
+    if as_json:
+        print_json(
+            {
+                "adapter": str(path),
+                "config": adapter.config.to_dict(),
+                "n_parameters": adapter.n_parameters,
+                "base_hash": adapter.base_hash,
+                "modules": [dataclasses.asdict(m) for m in modules],
+                "saved": {n: {"shape": list(a.shape), "dtype": str(a.dtype)} for n, a in adapter.saved.items()},
+                "plot": str(plot) if plot else None,
+            }
+        )
+        return
+    for name, value in adapter.config.to_dict().items():
+        text = ", ".join(value) if isinstance(value, list) else value
+        click.echo(f"{name}: {'-' if text is None else printable(str(text))}")
+    click.echo(f"base_hash: {adapter.base_hash or '-'}")
+    click.echo(f"parameters: {adapter.n_parameters}\n")
+    print_table(
+        ["module", "shape", "n", "energy", "share per band, %", "largest"],
+        [
+            (
+                m.module,
+                f"{m.shape[0]} x {m.shape[1]}" if m.shape else "-",
+                m.n,
+                f"{m.energy:.4g}",
+                " / ".join(f"{100 * share:.0f}" for share in m.band_shares),
+                f"{m.largest:.4g}",
+            )
+            for m in modules
+        ],
+    )
+    if adapter.saved:
+        saved = [(name, " x ".join(map(str, a.shape)), a.dtype) for name, a in adapter.saved.items()]
+        print_table(["saved in full", "shape", "dtype"], saved)
+    if plot:
+        click.echo(f"wrote {plot}")
+
+
+def _show_bundle(bundle: Bundle, as_json: bool) -> None:
+    from ..errors import SdctError
+
+    states = {}
+    for name in bundle.adapters:
+        try:
+            bundle.check_adapter(name)
+            states[name] = "intact"
+        except SdctError:
+            states[name] = "changed or missing"
+    if as_json:
+        described = dataclasses.asdict(bundle) | {"path": str(bundle.path)}
+        del described["module_digests"]
+        for name, state in states.items():
+            described["adapters"][name]["state"] = state
+        print_json(described)
+        return
+    for name, value in (
+        ("kind", bundle.kind),
+        ("task", bundle.task),
+        ("dtype", bundle.dtype),
+        ("base", f"{bundle.base_name} ({bundle.base_architecture})"),
+        ("base hash", bundle.base_hash),
+        ("model sha256", bundle.model_sha256),
+        ("inputs", ", ".join(f"{s.name} {list(s.shape)}" for s in bundle.inputs)),
+        ("outputs", ", ".join(f"{s.name} {list(s.shape)}" for s in bundle.outputs)),
+    ):
+        click.echo(f"{name}: {printable(value)}")
+    if bundle.groups:
+        click.echo()
+        rows = [(g.name, g.d_in, " ".join(map(str, g.d_out)), " ".join(map(str, g.capacity))) for g in bundle.groups]
+        print_table(["group", "d_in", "d_out", "capacity"], rows)
+    if bundle.heads:
+        print_table(["head", "d_out", "d_in"], [(h.module, h.d_out, h.d_in) for h in bundle.heads])
+    if bundle.adapters:
+        rows_ = [
+            (name, states[name], record.sha256, "-" if record.labels is None else record.labels)
+            for name, record in bundle.adapters.items()
+        ]
+        print_table(["adapter", "state", "sha256", "labels"], rows_, text_columns=3)

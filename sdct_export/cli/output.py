@@ -1,0 +1,67 @@
+"""What all commands share: how errors end a command, and how results are shown on a terminal and in a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import click
+
+from ..errors import SdctError
+
+
+class Main(click.Group):
+    """A group whose commands end with `error: ...` on standard error and exit code 1 on an `SdctError`."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except SdctError as error:
+            click.echo(f"error: {printable(str(error))}", err=True)
+            ctx.exit(1)
+
+
+def print_json(value: object) -> None:
+    """`value` as one JSON document on standard output."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, text_columns: int = 1) -> None:
+    """A table on a terminal, tab-separated lines in a pipe; all but the first `text_columns` are aligned right."""
+    cells = [[printable(str(cell)) for cell in row] for row in rows]
+    if not sys.stdout.isatty():
+        for row in [list(columns), *cells]:
+            click.echo("\t".join(row))
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < text_columns else "right", overflow="fold")
+    for row in cells:
+        table.add_row(*map(Text, row))  # Text: a name with brackets is no markup
+    Console().print(table)
+
+
+def printable(text: str) -> str:
+    """`text` from a file, safe to print: control characters other than line ends, and lone surrogates, are escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+@contextlib.contextmanager
+def busy(what: str) -> Iterator[None]:
+    """Show a spinner on standard error while the block runs, on a terminal only."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"{what} ..."):
+        yield

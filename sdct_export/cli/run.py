@@ -1,0 +1,110 @@
+"""`sdct-export run`. Never imports torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .output import print_json, print_table
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  sdct-export run bundle/ --text "It is hereby agreed" --adapter legal
+  sdct-export run bundle/ --text one --text two --adapter legal --adapter none
+  sdct-export run bundle/ --text "both" --adapter legal=0.5+medical=0.5 --json
+  sdct-export run bundle/ --input pixel_values=images.npy --adapter digits --output out.npz"""
+)
+@click.argument("bundle", metavar="BUNDLE", type=click.Path(path_type=Path))
+@click.option("--text", "texts", multiple=True, help="One row of text; repeat it for a batch.")
+@click.option("--input", "inputs", metavar="NAME=FILE.npy", multiple=True, help="An input of the model as an array.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    help="NAME, none, or a blend such as a=0.5+b=0.5; once for all rows or once per row. [default: none]",
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--output", metavar="FILE.npz", type=click.Path(path_type=Path), help="Write all outputs to this file.")
+@click.option("--json", "as_json", is_flag=True, help="Print all outputs as JSON on standard output.")
+def run(
+    bundle: Path,
+    texts: tuple[str, ...],
+    inputs: tuple[str, ...],
+    adapters: tuple[str, ...],
+    device: str,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Run a bundle once: text through its own tokenizer, or arrays from files.
+
+    Prints the most probable label of each row for classifiers, else the shapes of the outputs.
+    """
+    if bool(texts) == bool(inputs):
+        raise click.UsageError("give either --text or --input")
+    rows = [_parse_adapters(item) for item in adapters]
+    pairs = dict(_parse_input(item) for item in inputs)
+    from ..files import refuse_existing
+    from ..request import encode_text, read_arrays, top_labels, write_arrays
+    from ..runtime import MultiAdapterModel
+
+    if output:
+        refuse_existing(output)
+    model = MultiAdapterModel(bundle, device=device)
+    feeds = encode_text(model.bundle, texts) if texts else read_arrays(pairs)
+    result = model.run(feeds, rows[0] if len(rows) == 1 else rows or None)
+    if output:
+        write_arrays(output, result)
+    batch = len(next(iter(result.values())))
+    chosen = rows * batch if len(rows) == 1 else rows or [None] * batch
+    labels = top_labels(model.bundle, result, [list(row or {}) for row in chosen])
+    names = [_format_adapters(row) for row in chosen]
+    if as_json:
+        described: list[dict[str, object]] = [{"adapter": name} for name in names]
+        for row, label in zip(described, labels or [], strict=labels is not None):
+            row |= {"label": label.index, "name": label.name, "probability": label.probability}
+        print_json({"rows": described, "outputs": {name: array.tolist() for name, array in result.items()}})
+        return
+    if labels is not None:
+        rows_ = [
+            (i, name, label.index if label.name is None else label.name, f"{label.probability:.4f}")
+            for i, (name, label) in enumerate(zip(names, labels, strict=True))
+        ]
+        print_table(["row", "adapter", "label", "probability"], rows_, text_columns=3)
+    else:
+        shapes = [(name, " x ".join(map(str, array.shape)), array.dtype) for name, array in result.items()]
+        print_table(["output", "shape", "dtype"], shapes)
+    if output:
+        click.echo(f"wrote {output}")
+
+
+def _parse_adapters(text: str) -> dict[str, float] | None:
+    """`none`, `a`, or `a=0.5+b=0.5` as name -> scale, None for the base."""
+    if text == "none":
+        return None
+    row: dict[str, float] = {}
+    for part in text.split("+"):
+        name, equals, scale = part.partition("=")
+        try:
+            value = float(scale) if equals else 1.0
+        except ValueError:
+            raise click.BadParameter(f"{scale!r} in {text!r} is no number", param_hint="--adapter") from None
+        if not name or name in row:
+            raise click.BadParameter(f"{text!r} needs a name once for each part", param_hint="--adapter")
+        row[name] = value
+    return row
+
+
+def _format_adapters(row: dict[str, float] | None) -> str:
+    if not row:
+        return "none"
+    return "+".join(name if scale == 1.0 else f"{name}={scale:g}" for name, scale in row.items())
+
+
+def _parse_input(text: str) -> tuple[str, str]:
+    name, equals, file = text.partition("=")
+    if not equals or not name or not file:
+        raise click.BadParameter(f"{text!r} must be NAME=FILE.npy", param_hint="--input")
+    return name, file

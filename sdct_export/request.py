@@ -1,0 +1,143 @@
+"""One request to a bundle from the outside: text or array files in, labels or array files out. Never imports torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from .adapter import Array
+from .bundle import Bundle
+from .errors import AdapterFormatError, ConfigError
+from .files import new_file
+
+_CLASSIFIERS = ("SEQ_CLS", "IMAGE_CLS")
+_LARGEST_LENGTH = 1 << 20  # tokenizers without a limit record an astronomical one
+
+
+@dataclasses.dataclass(frozen=True)
+class Label:
+    """The most probable label of a row: its number, its probability, and its name where the bundle knows one."""
+
+    index: int
+    probability: float
+    name: str | None
+
+
+def encode_text(bundle: Bundle, texts: Sequence[str]) -> dict[str, Array]:
+    """`texts` as the bundle's inputs, int64 `[len(texts), tokens]`, by its own `tokenizer.json`, padded and truncated.
+
+    Raises:
+        ConfigError: the bundle has no tokenizer, takes other inputs than text, or a text has no token.
+        AdapterFormatError: `tokenizer.json` is damaged.
+    """
+    from tokenizers import Tokenizer
+
+    file = bundle.path / "tokenizer.json"
+    if not file.is_file():
+        raise ConfigError(f"{bundle.path} has no tokenizer.json; pass arrays instead, e.g. --input input_ids=ids.npy")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise AdapterFormatError(f"{file} cannot be read ({error}); export the bundle again") from error
+    settings = _read_json(bundle.path / "tokenizer_config.json")
+    limit = settings.get("model_max_length")
+    if tokenizer.truncation is None:
+        if not isinstance(limit, int) or not 0 < limit < _LARGEST_LENGTH:
+            limit = _read_json(bundle.path / "config.json").get("max_position_embeddings")
+        if isinstance(limit, int) and limit > 0:
+            tokenizer.enable_truncation(limit)
+    token = settings.get("pad_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    tokenizer.enable_padding(
+        direction="left" if settings.get("padding_side") == "left" else "right",
+        pad_id=(tokenizer.token_to_id(token) if isinstance(token, str) else None) or 0,
+        pad_token=token if isinstance(token, str) else "",
+    )
+    encoded = tokenizer.encode_batch(list(texts))
+    known = {
+        "input_ids": [e.ids for e in encoded],
+        "attention_mask": [e.attention_mask for e in encoded],
+        "token_type_ids": [e.type_ids for e in encoded],
+    }
+    empty = next((t for t, e in zip(texts, encoded, strict=True) if not any(e.attention_mask)), None)
+    if empty is not None:
+        raise ConfigError(f"the text {empty!r} has no token; give a longer one")
+    names = [spec.name for spec in bundle.inputs]
+    other = [name for name in names if name not in known]
+    if other or "input_ids" not in names:
+        raise ConfigError(
+            f"this bundle takes {', '.join(names)}, not text alone; pass arrays with --input NAME=FILE.npy"
+        )
+    if "attention_mask" not in names and not all(all(e.attention_mask) for e in encoded):
+        raise ConfigError("this bundle takes no attention_mask, so all texts need the same number of tokens")
+    return {name: np.asarray(known[name], dtype=np.int64) for name in names}
+
+
+def top_labels(
+    bundle: Bundle, outputs: Mapping[str, Array], rows: Sequence[Sequence[str]] | None = None
+) -> list[Label] | None:
+    """The most probable label of each row of a classifier, None where the bundle is none.
+
+    Args:
+        bundle: what was run.
+        outputs: what it returned.
+        rows: the adapters of each row. Names come from `id2label` in the bundle's `config.json`, where it has real
+            ones; rows whose adapter brings its own head get none, since those labels are the adapter's.
+    """
+    logits = outputs.get("logits")
+    if bundle.task not in _CLASSIFIERS or logits is None or logits.ndim != 2:
+        return None
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    probabilities = np.exp(shifted) / np.exp(shifted).sum(axis=1, keepdims=True)
+    names = _label_names(bundle, logits.shape[1])
+    found = []
+    for i, row in enumerate(probabilities):
+        index = int(row.argmax())
+        own_head = rows is not None and any(_has_head(bundle, name) for name in rows[i])
+        found.append(Label(index, float(row[index]), None if own_head else names.get(index)))
+    return found
+
+
+def read_arrays(files: Mapping[str, str | Path]) -> dict[str, Array]:
+    """Arrays from `.npy` files by input name. Raises `ConfigError` where a file holds no array."""
+    arrays = {}
+    for name, file in files.items():
+        try:
+            array = np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ConfigError(f"input {name!r}: cannot read an array from {file}: {error}") from error
+        if not isinstance(array, np.ndarray):
+            raise ConfigError(f"input {name!r}: {file} is an archive; give one .npy file per input")
+        arrays[name] = array
+    return arrays
+
+
+def write_arrays(path: str | Path, arrays: Mapping[str, Array]) -> None:
+    """Write `arrays` to a new `.npz` file. Raises `OutputError` where it exists or cannot be written."""
+    with new_file(path, overwrite=False) as work, work.open("wb") as file:
+        np.savez(file, **cast("dict[str, Any]", arrays))
+
+
+def _has_head(bundle: Bundle, adapter: str) -> bool:
+    record = bundle.adapters.get(adapter)
+    return record is None or record.labels is not None
+
+
+def _label_names(bundle: Bundle, count: int) -> dict[int, str]:
+    names = _read_json(bundle.path / "config.json").get("id2label")
+    if not isinstance(names, dict) or len(names) != count:
+        return {}
+    return {i: n for i in range(count) if isinstance(n := names.get(str(i)), str) and n != f"LABEL_{i}"}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # these files only refine; without them defaults hold
+        return {}
+    return content if isinstance(content, dict) else {}

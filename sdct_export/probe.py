@@ -84,11 +84,11 @@ class Probe:
             probe = cls(below("input."), tuple(cases), below("index."), shapes)
             for case in cases:
                 for name, array in case.outputs.items():
-                    if array.shape != probe.indices[name].shape or probe.indices[name].max() >= math.prod(
-                        shapes[name]
-                    ):
+                    index = probe.indices[name]
+                    inside = index.min() >= 0 and index.max() < math.prod(shapes[name])
+                    if index.dtype != np.int64 or array.shape != index.shape or not inside:
                         raise ValueError(f"output {name!r} of case {case.name!r} does not fit its index")
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
             raise AdapterFormatError(f"{path} is damaged ({error}); export the bundle again") from error
         return probe
 

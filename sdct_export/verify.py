@@ -1,0 +1,241 @@
+"""Does an exported bundle compute what torch computes? What `sdct-export verify` compares, and the tolerances.
+
+Without the base model the bundle is compared with what torch computed at export (`probe`); with it, also with torch
+now. torch is imported only in the second case.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .adapter import Array, SdctAdapter
+from .bundle import PROBE_FILE, Bundle, file_sha256
+from .errors import BaseMismatchError, SdctError
+from .probe import Probe, Row
+from .runtime import MultiAdapterModel
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# largest `difference` from torch's float32 result on the weights as exported, by the dtype of the bundle
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2}
+ROWS = 8  # batch rows of one comparison with torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One comparison: whether it holds, what was found, and where it measures a `difference`, that and its limit."""
+
+    name: str
+    ok: bool
+    detail: str
+    error: float | None = None
+    limit: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All checks of one bundle, in order."""
+
+    bundle: str
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check holds."""
+        return all(check.ok for check in self.checks)
+
+
+def verify(bundle: str | Path, model: str | Path | nn.Module | None = None, *, device: str = "cpu") -> Report:
+    """Check an exported bundle.
+
+    Always: the files have their recorded hashes; the outputs equal those torch gave at export, for base rows, each
+    probed adapter, a mixed batch and a blend; base rows of a mixed batch equal a run without adapters bit for bit;
+    every adapter changes the output. With `model`, the base it was exported from: its weights have the recorded hash,
+    and every adapter, blends and base rows equal what torch computes now, on other inputs.
+
+    Args:
+        bundle: the exported folder.
+        model: checkpoint folder of the base, or the torch model itself (left as it is).
+        device: where the bundle runs, see `MultiAdapterModel`.
+
+    Raises:
+        AdapterFormatError: the folder is no bundle. BaseMismatchError: `model` cannot be loaded for the bundle's task.
+        UnsupportedError: the device is not available.
+    """
+    described = Bundle.load(bundle)
+    checks = list(_files(described))
+    if all(check.ok for check in checks):  # numbers of changed files would say nothing more
+        checks += _numbers(described, model, device)
+    return Report(str(bundle), tuple(checks))
+
+
+def difference(got: Array, want: Array, *, padding: float = np.inf) -> float:
+    """`max |got - want| / max(1, max |want|)`, infinite where shapes differ or `got` is not finite.
+
+    Elements of `want` beyond `padding` in size are label columns a row's adapter does not have; there `got` must only
+    be beyond `padding` with the same sign.
+    """
+    if got.shape != want.shape:
+        return float("inf")
+    got, want = got.astype(np.float64), want.astype(np.float64)
+    padded = np.abs(want) > padding
+    if (np.abs(got[padded]) <= padding).any() or (np.sign(got[padded]) != np.sign(want[padded])).any():
+        return float("inf")
+    got, want = got[~padded], want[~padded]
+    if not np.isfinite(got).all():
+        return float("inf")
+    return float(np.abs(got - want).max(initial=0.0) / np.abs(want).max(initial=1.0))
+
+
+def label_padding(bundle: Bundle) -> float:
+    """Size beyond which an output of `bundle` is a label column that a row's adapter does not have, see `contract`."""
+    return float(np.finfo(bundle.dtype).max) / 64 if bundle.heads else float("inf")
+
+
+def _files(bundle: Bundle) -> Iterator[Check]:
+    try:
+        same = file_sha256(bundle.model_path) == bundle.model_sha256
+        detail = "sha256 as recorded" if same else "differs from what was exported (sha256); export the bundle again"
+        yield Check(f"file {bundle.model_path.name}", same, detail)
+    except OSError as error:
+        yield Check(f"file {bundle.model_path.name}", False, f"cannot be read: {error.strerror or error}")
+    for name in bundle.adapters:
+        try:
+            bundle.check_adapter(name)
+            yield Check(f"files of adapter {name}", True, "sha256 as recorded")
+        except SdctError as error:
+            yield Check(f"files of adapter {name}", False, str(error))
+
+
+def _numbers(bundle: Bundle, model: str | Path | nn.Module | None, device: str) -> Iterator[Check]:
+    try:
+        probe = Probe.read(bundle.path / PROBE_FILE)
+        runner = MultiAdapterModel(bundle, device=device)
+        yield from _against_probe(bundle, runner, probe)
+        if bundle.kind == "multi":
+            yield from _effects(bundle, runner, probe)
+    except SdctError as error:
+        yield Check("run", False, str(error))
+        return
+    if model is not None:
+        yield from _against_torch(bundle, runner, model)
+
+
+def _run(runner: MultiAdapterModel, inputs: Mapping[str, Array], rows: Sequence[Row]) -> dict[str, Array]:
+    return runner.run(inputs, None if runner.bundle.kind == "merged" else [dict(row) for row in rows])
+
+
+def _measured(bundle: Bundle, name: str, error: float, what: str) -> Check:
+    limit = TOLERANCES[bundle.dtype]
+    return Check(name, error <= limit, what, error, limit)
+
+
+def _worst(got: Mapping[str, Array], want: Mapping[str, Array], padding: float) -> float:
+    """Largest `difference` of the outputs, infinite where their names differ."""
+    if got.keys() != want.keys():
+        return float("inf")
+    return max(difference(got[name], want[name], padding=padding) for name in want)
+
+
+def _against_probe(bundle: Bundle, runner: MultiAdapterModel, probe: Probe) -> Iterator[Check]:
+    padding = label_padding(bundle)
+    if not probe.cases:
+        yield Check("recorded", False, f"{PROBE_FILE} holds no case; export the bundle again")
+    for case in probe.cases:
+        outputs = _run(runner, probe.inputs, case.rows)
+        try:
+            got = {name: probe.sample(name, array) for name, array in outputs.items()}
+        except (KeyError, ValueError) as problem:
+            yield Check(f"recorded {case.name}", False, f"{PROBE_FILE} is of another model: {problem}")
+        else:
+            error = _worst(got, case.outputs, padding)
+            yield _measured(bundle, f"recorded {case.name}", error, "against torch at export")
+
+
+def _effects(bundle: Bundle, runner: MultiAdapterModel, probe: Probe) -> Iterator[Check]:
+    """Base rows keep every bit beside rows with adapters, and every adapter changes its row."""
+    inputs = {name: np.resize(array, (ROWS, *array.shape[1:])) for name, array in probe.inputs.items()}
+    base = runner.run(inputs)
+    names = list(bundle.adapters)
+    exact = True
+    for start in range(0, len(names), ROWS - 1):
+        chosen = names[start : start + ROWS - 1]
+        first = ROWS - len(chosen)
+        outputs = runner.run(inputs, [*[None] * first, *chosen])
+        same = [all(np.array_equal(outputs[name][i], base[name][i]) for name in base) for i in range(ROWS)]
+        exact &= all(same[:first])
+        for name, unchanged in zip(chosen, same[first:], strict=True):
+            detail = "has no effect on the output" if unchanged else "changes the output"
+            yield Check(f"effect of {name}", not unchanged, detail)
+    detail = "bit for bit as without adapters" if exact else "change when other rows have adapters"
+    yield Check("base rows", exact, detail)
+
+
+def _against_torch(bundle: Bundle, runner: MultiAdapterModel, source: str | Path | nn.Module) -> Iterator[Check]:
+    import torch
+
+    from .base import find_linear, linear_shape, model_hash, to_numpy
+    from .graph.trace import sample_inputs
+    from .reference import run_rows
+
+    base = _load_base(bundle, source)
+    shapes = {m: linear_shape(find_linear(base, m)) or (0, 0) for m in bundle.module_digests[bundle.base_hash_dtype]}
+    if model_hash(base, shapes, bundle.base_hash_dtype) != bundle.base_hash:
+        yield Check("base model", False, "has other weights than the base this bundle was exported from")
+        return
+    yield Check("base model", True, "weights as recorded")
+    base = base.to(getattr(torch, bundle.dtype)).float()
+    tensors = sample_inputs(base, batch=ROWS, sequence=11, seed=2)
+    inputs = {name: to_numpy(tensor) for name, tensor in tensors.items()}
+    adapters = {name: SdctAdapter.load(bundle.adapter_path(name)) for name in bundle.adapters}
+    padding = label_padding(bundle)
+    errors: dict[str, float] = {}
+    for rows in _plans(list(adapters)):
+        got = _run(runner, inputs, rows)
+        want = {name: to_numpy(tensor) for name, tensor in run_rows(base, tensors, rows, adapters).items()}
+        for i, row in enumerate(rows):
+            error = _worst({n: a[i] for n, a in got.items()}, {n: a[i] for n, a in want.items()}, padding)
+            label = " + ".join(name if scale == 1 else f"{scale:g} {name}" for name, scale in row) or "base"
+            errors[label] = max(error, errors.get(label, 0.0))
+    if bundle.kind == "merged":  # its adapter is not at hand; that it does something is
+        seen = errors["base"] > TOLERANCES[bundle.dtype] / 10
+        yield Check("effect of merging", seen, f"differs from the base by {errors['base']:.1e}", errors["base"])
+        return
+    for label, error in errors.items():
+        yield _measured(bundle, f"torch {label}", error, "against torch now, beside other rows")
+
+
+def _plans(names: list[str]) -> Iterator[list[Row]]:
+    """Batches of `ROWS` rows: base rows with every adapter once beside them, then blends."""
+    yield [()] * ROWS
+    for start in range(0, len(names), ROWS - 1):
+        rows: list[Row] = [((name, 1.0),) for name in names[start : start + ROWS - 1]]
+        yield [()] * (ROWS - len(rows)) + rows
+    if len(names) > 1:
+        first, last = names[0], names[-1]
+        yield [((first, 0.5), (last, 0.5)), ((last, -0.25), (first, 1.5)), *[()] * (ROWS - 2)]
+
+
+def _load_base(bundle: Bundle, source: str | Path | nn.Module) -> nn.Module:
+    """A private copy of the base, of the class the bundle was exported from."""
+    import copy
+
+    from .base import load_base
+
+    if isinstance(source, str | Path):
+        labels = [spec.shape[-1] for spec in bundle.outputs if spec.name == "logits" and bundle.task.endswith("_CLS")]
+        base = load_base(source, bundle.task, num_labels=labels[0] if labels and isinstance(labels[0], int) else None)
+    else:
+        base = copy.deepcopy(source).eval()
+    if type(base).__name__ != bundle.base_architecture:
+        raise BaseMismatchError(
+            f"the bundle was exported from a {bundle.base_architecture}, this base is a {type(base).__name__}; "
+            "pass the model the bundle was exported from"
+        )
+    return base

@@ -17,6 +17,7 @@ LAYERS = [
     {"errors", "config", "files", "contract"},
     {"spectrum", "selection", "adapter", "adapter_io"},
     {"base", "checkpoint"},
+    {"changes"},
     {"tuning", "projection", "merging", "summary", "plot"},
     {"graph"},
     {"bundle", "probe"},

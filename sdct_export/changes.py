@@ -1,0 +1,341 @@
+"""Where a weight change comes from: a PEFT adapter or a tuned checkpoint, as one spectrum per linear module.
+
+A change is read lazily, one matrix at a time: LoRA factors straight from their file, other kinds by letting PEFT merge
+one layer after the other, tuned checkpoints from two files side by side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .adapter import Array
+from .adapter_io import read_safetensors
+from .base import find_linear, is_conv1d, linear_shape, linear_weight, load_base, to_numpy
+from .checkpoint import FLOATS, Checkpoint, Structure, read_json, structure_for, tied_parameters
+from .config import PEFT_TYPE, TASK_TYPES
+from .errors import AdapterFormatError, BaseMismatchError, UnsupportedError
+from .spectrum import dct
+
+BAND = 4 << 20  # elements transformed at a time
+_PREFIX = "base_model.model."
+# PEFT settings under which `dW = scaling * B A` holds; where another one is set, PEFT itself does the merge
+_PLAIN_LORA = {
+    *(
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "task_type",
+    ),
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "bias"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "eva_config"),
+    *("megatron_core", "qalora_group_size", "runtime_config", "lora_bias", "ensure_weight_tying", "init_lora_weights"),
+}
+_PLAIN_INIT = (None, True, False, "gaussian", "orthogonal", "eva")  # the others change the base's weights
+_NOT_LINEAR = ("layer_replication", "alora_invocation_tokens", "trainable_token_indices", "target_parameters")
+_TASK_OF_CLASS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForImageClassification": "IMAGE_CLS",
+    "Model": "FEATURE_EXTRACTION",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A weight change beside its base.
+
+    Attributes:
+        base: the base's structure, whose names the modules bear.
+        task_type: of the changed model, see `SdctConfig.task_type`.
+        origin: where the base came from.
+        shapes: module path -> `(d_out, d_in)` of the linear modules that may have changed.
+        spectrum: module path -> `C_out dW C_in^T` as float32 `[d_out, d_in]`; ask once for each.
+        saved: parameters to store in full.
+        ignored: changed parameters that are neither linear weights nor saved; complete once all spectra were read.
+    """
+
+    base: Structure
+    task_type: str | None
+    origin: str
+    shapes: Mapping[str, tuple[int, int]]
+    spectrum: Callable[[str], Tensor]
+    saved: Mapping[str, Array]
+    ignored: list[str]
+
+
+def from_peft(base: Checkpoint, folder: Path) -> Change:
+    """The change a PEFT adapter makes to `base`. Parameters of its `modules_to_save` are saved.
+
+    Raises:
+        AdapterFormatError: the folder is no PEFT adapter, or damaged.
+        BaseMismatchError: the adapter belongs to another base.
+        UnsupportedError: it changes something other than linear weights, which is named, or PEFT cannot merge it.
+    """
+    raw = _read_peft_config(folder)
+    task = raw["task_type"] if raw.get("task_type") in TASK_TYPES else _task_of(raw["auto_mapping"])
+    if not (folder / "adapter_model.safetensors").is_file() and (folder / "adapter_model.bin").is_file():
+        raise UnsupportedError(
+            f"{folder} stores its weights as adapter_model.bin; load it with PEFT and save it again as safetensors"
+        )
+    tensors = read_safetensors(folder / "adapter_model.safetensors")
+    tensors = {name.removeprefix(_PREFIX): array for name, array in tensors.items()}
+    saved = {
+        name: array
+        for name, array in tensors.items()
+        if any(f".{module}." in f".{name}" for module in raw["modules_to_save"]) and ".lora_" not in name
+    }
+    structure = structure_for(base, task, {name: array.shape for name, array in saved.items()})
+    rest = {name: array for name, array in tensors.items() if name not in saved}
+    saved = {structure.resolve(name): array for name, array in saved.items()}
+    unknown = sorted(set(saved) - set(structure.model.state_dict()))
+    if unknown:
+        raise BaseMismatchError(
+            f"{folder} saves {unknown[0]!r}, which {type(structure.model).__name__} lacks; use the base model and the "
+            "task that the adapter was trained for"
+        )
+    plain = raw["peft_type"] == "LORA" and raw.get("init_lora_weights") in _PLAIN_INIT
+    if plain and not any(raw[key] for key in set(raw) - _PLAIN_LORA):
+        shapes, spectrum, ignored = _lora(folder, raw, rest, structure)
+    else:
+        shapes, spectrum, ignored = _merged_by_peft(base, folder, task, structure)
+    return Change(
+        structure, task, raw.get("base_model_name_or_path") or str(base.folder), shapes, spectrum, saved, ignored
+    )
+
+
+def from_tuned(base: Checkpoint, tuned: Checkpoint, saves: Callable[[str], bool]) -> Change:
+    """The difference `tuned - base`. Saved are modules that the base lacks and those whose path `saves` accepts.
+
+    Raises:
+        BaseMismatchError: a checkpoint is damaged, or the two do not belong together.
+    """
+    task = _task_of((read_json(tuned.folder / "config.json").get("architectures") or [None])[0])
+    new = Structure(tuned, task)
+    labels = new.config.num_labels if task in ("SEQ_CLS", "TOKEN_CLS", "IMAGE_CLS") else None
+    old = Structure(base, task, num_labels=labels)
+    parameters = dict(new.model.named_parameters(remove_duplicate=False))
+    tied = {name for group in tied_parameters(new.model) for name in group}
+    shapes: dict[str, tuple[int, int]] = {}
+    keys: dict[str, tuple[str, str]] = {}
+    saved: dict[str, Array] = {}
+    ignored = []
+    for name, key in new.keys.items():
+        path, _, leaf = name.rpartition(".")
+        base_name = old.resolve(name)
+        base_key = old.keys.get(base_name)
+        if path and name in parameters and (base_key is None or saves(path)):
+            saved[base_name] = to_numpy(tuned.read(key))
+            continue
+        if base_key is None:
+            ignored.append(name)
+            continue
+        if tuned.tensors[key].shape != base.tensors[base_key].shape:
+            raise BaseMismatchError(
+                f"parameter {name!r} has shape {list(tuned.tensors[key].shape)} in {tuned.folder} and "
+                f"{list(base.tensors[base_key].shape)} in {base.folder}; name its module in modules_to_save, or "
+                "use the base that was tuned"
+            )
+        shape = linear_shape(new.model.get_submodule(path)) if leaf == "weight" and name not in tied else None
+        if shape is not None and tuned.tensors[key].dtype in FLOATS:
+            shapes[base_name.removesuffix(".weight")] = shape
+            keys[base_name.removesuffix(".weight")] = key, base_key
+        elif not _equal(tuned, key, base, base_key):
+            ignored.append(name)
+    if not shapes:
+        raise BaseMismatchError(
+            f"{tuned.folder} and {base.folder} share no linear weight; use the base that was tuned"
+        )
+
+    def spectrum(path: str) -> Tensor:
+        after, before = tuned.read(keys[path][0]), base.read(keys[path][1])
+        if is_conv1d(find_linear(old.model, path)):
+            after, before = after.T, before.T
+        return weight_spectrum(after, before)
+
+    return Change(old, task, str(base.folder), shapes, spectrum, saved, ignored)
+
+
+def read_weight(checkpoint: Checkpoint, structure: Structure, path: str) -> Tensor:
+    """The weight `[d_out, d_in]` of a linear module, read from its file."""
+    stored = checkpoint.read(structure.key(f"{path}.weight"))
+    return stored.T if is_conv1d(find_linear(structure.model, path)) else stored
+
+
+def weight_spectrum(weight: Tensor, minus: Tensor | None = None) -> Tensor:
+    """`C_out (W - minus) C_in^T` as float32 for `W [d_out, d_in]`, in float64 a band of rows or columns at a time."""
+    d_out, d_in = weight.shape
+    out = torch.empty(d_out, d_in, dtype=torch.float32)
+    step = max(1, BAND // d_in)
+    for at in range(0, d_out, step):
+        band = weight[at : at + step].double()
+        out[at : at + step] = dct(band if minus is None else band - minus[at : at + step].double())
+    step = max(1, BAND // d_out)
+    for at in range(0, d_in, step):
+        out[:, at : at + step] = dct(out[:, at : at + step].double(), dim=0)
+    return out
+
+
+def product_spectrum(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """Spectrum of `scaling * left right` as float32, from the thin factors `left [d_out, r]` and `right [r, d_in]`."""
+    rows, cols = dct(left.double(), dim=0) * scaling, dct(right.double(), dim=1)
+    out = torch.empty(len(left), right.shape[1], dtype=torch.float32)
+    step = max(1, BAND // right.shape[1])
+    for at in range(0, len(left), step):
+        out[at : at + step] = rows[at : at + step] @ cols
+    return out
+
+
+_Parts = tuple[dict[str, tuple[int, int]], Callable[[str], Tensor], list[str]]
+
+
+def _lora(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, Array], structure: Structure) -> _Parts:
+    """`dW = lora_alpha / r * B A`, with `A [r, d_in]` and `B [d_out, r]` whatever the layout of the base weight."""
+    shapes: dict[str, tuple[int, int]] = {}
+    factors: dict[str, tuple[Array, Array, float]] = {}
+    ignored = []
+    for name in sorted(tensors):
+        stem, found, kind = name.rpartition(".lora_")
+        if not found or kind == "B.bias":
+            ignored.append(name.replace(".base_layer.", ".").replace(".lora_B.bias", ".bias"))
+            continue
+        if kind.startswith("embedding_"):
+            raise UnsupportedError(f"{folder} adapts the embedding {stem!r}; only linear layers can be projected")
+        if kind not in ("A.weight", "B.weight"):
+            raise UnsupportedError(f"{folder}: tensor {name!r} is of a LoRA variant that this version does not know")
+        if stem + (".lora_B.weight" if kind == "A.weight" else ".lora_A.weight") not in tensors:
+            raise AdapterFormatError(f"{folder}: module {stem!r} has only one of its LoRA factors; save it again")
+        if kind == "B.weight":
+            continue
+        a, b = tensors[name], tensors[f"{stem}.lora_B.weight"]
+        path = structure.resolve(f"{stem}.weight").removesuffix(".weight")
+        shape = linear_shape(find_linear(structure.model, path))
+        assert shape is not None
+        rank = _pattern(raw["rank_pattern"], stem, raw["r"])
+        if (b.shape, a.shape) != ((shape[0], rank), (rank, shape[1])):
+            raise BaseMismatchError(
+                f"{folder}: module {stem!r} has factors {list(b.shape)} and {list(a.shape)}, but the base weight is "
+                f"{shape[0]} x {shape[1]} and the rank {rank}; use the base model the adapter was trained on"
+            )
+        alpha = _pattern(raw["alpha_pattern"], stem, raw["lora_alpha"])
+        shapes[path] = shape
+        factors[path] = b, a, alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank)
+    if not shapes:
+        raise AdapterFormatError(f"{folder} holds no LoRA factors; save the adapter again")
+
+    def spectrum(path: str) -> Tensor:
+        b, a, scaling = factors[path]
+        return product_spectrum(
+            torch.from_numpy(b.astype(np.float64)), torch.from_numpy(a.astype(np.float64)), scaling
+        )
+
+    return shapes, spectrum, ignored
+
+
+def _merged_by_peft(base: Checkpoint, folder: Path, task: str | None, structure: Structure) -> _Parts:
+    """The difference that merging makes to each adapted layer, by PEFT itself on the base in float32."""
+    try:
+        import peft
+        from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    except ImportError:
+        raise UnsupportedError(
+            f"{folder} is no plain LoRA, and merging it needs PEFT; install it with `pip install 'sdct_export[peft]'`"
+        ) from None
+    labels = structure.config.num_labels if structure.resized else None
+    model = load_base(base.folder, task, dtype=torch.float32, num_labels=labels)
+    try:
+        tuned = peft.PeftModel.from_pretrained(model, str(folder))
+    except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+        raise BaseMismatchError(f"PEFT cannot apply {folder} to {base.folder}: {error}") from error
+    if not isinstance(tuned.base_model, BaseTuner):
+        raise UnsupportedError(f"{folder} does not change weights (prompt learning); it cannot be projected")
+    layers: dict[str, Any] = {
+        path: layer for path, layer in tuned.base_model.model.named_modules() if isinstance(layer, BaseTunerLayer)
+    }
+    shapes: dict[str, tuple[int, int]] = {}
+    for path in layers:
+        shape = linear_shape(find_linear(structure.model, path))
+        assert shape is not None
+        shapes[path] = shape
+    ignored: list[str] = []
+
+    def spectrum(path: str) -> Tensor:
+        layer = layers[path]
+        bias = getattr(layer.get_base_layer(), "bias", None)
+        before = None if bias is None else bias.detach().clone()
+        try:
+            layer.merge()
+        except (NotImplementedError, AttributeError, ValueError) as error:
+            raise UnsupportedError(f"{folder}: PEFT cannot merge module {path!r}: {error}") from error
+        merged = layer.get_base_layer()
+        if before is not None and not torch.equal(merged.bias.detach(), before):
+            ignored.append(f"{path}.bias")
+        return weight_spectrum(linear_weight(merged).detach(), read_weight(base, structure, path))
+
+    return shapes, spectrum, ignored
+
+
+def _read_peft_config(folder: Path) -> dict[str, Any]:
+    """The fields of a PEFT configuration, those used here checked and defaults filled in."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise AdapterFormatError(f"{folder} is no PEFT adapter: it has no adapter_config.json; copy the whole folder")
+    raw = read_json(path, AdapterFormatError)
+    if raw.get("peft_type") == PEFT_TYPE:
+        raise AdapterFormatError(f"{folder} is an sDCT adapter already; use it as it is")
+    if not isinstance(raw.get("peft_type"), str):
+        raise AdapterFormatError(f"{path} names no peft_type; copy the whole folder")
+    for field in _NOT_LINEAR:
+        if raw.get(field):
+            raise UnsupportedError(f"{folder} uses {field}, which is no fixed change of linear weights")
+    mapping = raw.get("auto_mapping") or {}
+    raw["auto_mapping"] = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    saves = raw.get("modules_to_save") or []
+    if not isinstance(saves, list) or not all(isinstance(name, str) for name in saves):
+        raise AdapterFormatError(f"{path}: modules_to_save must be a list of names, got {saves!r}")
+    raw["modules_to_save"] = saves
+    if raw["peft_type"] == "LORA":
+        for field in ("rank_pattern", "alpha_pattern"):
+            raw[field] = raw.get(field) or {}
+            if not isinstance(raw[field], dict):
+                raise AdapterFormatError(f"{path}: {field} must map names to numbers, got {raw[field]!r}")
+        for value in (raw.get("r"), *raw["rank_pattern"].values()):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise AdapterFormatError(f"{path}: r and rank_pattern must hold positive integers, got {value!r}")
+        for value in (raw.get("lora_alpha"), *raw["alpha_pattern"].values()):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise AdapterFormatError(f"{path}: lora_alpha and alpha_pattern must hold numbers, got {value!r}")
+        for key in (*raw["rank_pattern"], *raw["alpha_pattern"]):
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise AdapterFormatError(f"{path}: pattern {key!r} is no regular expression: {error}") from error
+    return raw
+
+
+def _pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """PEFT's rule for `rank_pattern` and `alpha_pattern`: the first key that matches the end of the module path."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def _task_of(class_name: object) -> str | None:
+    return next((task for end, task in _TASK_OF_CLASS.items() if str(class_name or "").endswith(end)), None)
+
+
+def _equal(a: Checkpoint, key_a: str, b: Checkpoint, key_b: str) -> bool:
+    if a.tensors[key_a].dtype != b.tensors[key_b].dtype:
+        return torch.equal(a.read(key_a).double(), b.read(key_b).double())
+    return all(x == y for x, y in zip(a.chunks(key_a), b.chunks(key_b), strict=True))

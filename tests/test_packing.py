@@ -113,7 +113,7 @@ HEAD = {"classifier.weight": np.ones((2, OUT), np.float32), "classifier.bias": n
             {},
             {"classifier.weight": np.ones((5, OUT), np.float32)},
             1.0,
-            r"5 labels in 'classifier'.*at most 4; export",
+            r"5 labels in 'classifier'.*at most 4",
         ),
         ({}, {"classifier.weight": np.ones((2, 3), np.float32)}, 1.0, r"weight \[2, 3\].*expects \[labels, 9\]"),
         ({}, HEAD | {"classifier.bias": np.ones(3, np.float32)}, 1.0, r"bias \[3\].*expects \[labels, 9\]"),

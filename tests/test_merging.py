@@ -119,7 +119,10 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_merge_equals_the_dense_reference_and_unmerge_restores_every_bit(family: str) -> None:
+def test_merge_equals_the_dense_reference_and_unmerge_restores_every_bit(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdct_export.merging.COLUMN_BAND", 100)  # many bands in each of these small matrices
     model, task = make_model(family)
     adapter = make_adapter(model, FAMILIES[family][2], task)
     before = state(model)
@@ -143,10 +146,10 @@ def test_each_weight_is_rounded_once(dtype: torch.dtype) -> None:
     adapter = make_adapter(model, r".*(q_proj|up_proj)", n=300)
     want = {path: exact(reference(model, adapter, path), dtype) for path in adapter.modules}
     merge(model, adapter)
-    off = sum(int((find_linear(model, p).weight != w).sum()) for p, w in want.items())
-    # scipy's float64 transform and ours may differ in the last bit, which turns a rounding only next to a tie
-    assert off == 0 if dtype in (torch.float16, torch.bfloat16) else off >= 0
     for path, w in want.items():
+        if dtype in (torch.float16, torch.bfloat16):
+            assert torch.equal(find_linear(model, path).weight, w)
+        # scipy's float64 transform and ours differ in the last bits, which may turn a rounding to float32
         np.testing.assert_allclose(
             find_linear(model, path).weight.detach().double(), w.double(), rtol=1.2e-7, atol=1e-9
         )

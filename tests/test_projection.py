@@ -33,7 +33,11 @@ warnings.filterwarnings("ignore", module="peft")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bert") / "base"
     torch.manual_seed(0)
-    transformers.BertModel(transformers.BertConfig(**SIZES, **IDS)).save_pretrained(folder, max_shard_size="20KB")
+    model = transformers.BertModel(transformers.BertConfig(**SIZES, **IDS))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder, max_shard_size="20KB")
     return folder
 
 
@@ -85,7 +89,7 @@ LORA: dict[str, Callable[[], peft.PeftConfig]] = {
     "patterns": lambda: peft.LoraConfig(
         r=4,
         lora_alpha=8,
-        rank_pattern={"layer.1.attention.self.query": 2, "^value": 9},
+        rank_pattern={"layer.1.attention.self.query": 2},
         alpha_pattern={"layer.0.attention.self.(query|key)": 3, "value": 5},
         target_modules=r".*self\.(query|key|value)",
         task_type="SEQ_CLS",
@@ -133,6 +137,13 @@ def test_all_coefficients_reproduce_the_merge_of_peft(kind: str, bert: Path, tmp
         assert report.ignored == ()
         torch.testing.assert_close(got, merged.eval()(ids).logits, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(got, untouched, atol=1e-3)
+
+
+def test_trained_biases_are_reported(bert: Path, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=3, target_modules=["query"], bias="lora_only", task_type="SEQ_CLS")
+    folder, _, _ = tune(bert, "SEQ_CLS", config, tmp_path / "peft")
+    _, report = project(bert, lora=folder)
+    assert report.ignored == tuple(f"bert.encoder.layer.{i}.attention.self.query.bias" for i in range(2))
 
 
 def test_conv1d_and_other_layouts(gpt2: Path, tmp_path: Path) -> None:

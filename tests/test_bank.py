@@ -33,6 +33,12 @@ class NumpyMemory:
         self.writes.append(slot)
         tensor[slot] = row
 
+    def read(self, tensor: np.ndarray, slot: int) -> np.ndarray:
+        return np.array(tensor[slot])
+
+    def copy(self, source: np.ndarray, target: np.ndarray) -> None:
+        target[: len(source)] = source
+
 
 def rows(value: float) -> dict[str, np.ndarray]:
     return {"values": np.full(3, value, np.float32), "present": np.float32(value)}
@@ -156,6 +162,39 @@ def test_a_request_waits_for_slots_that_others_hold() -> None:
         assert not got
     thread.join(10)
     assert got == [(ord("c"), ord("d"))]
+
+
+def test_a_large_request_is_not_starved_by_a_stream_of_small_ones() -> None:
+    bank, _ = make(4, "abcdef")
+    stop = threading.Event()
+    small = [0]
+
+    def stream(name: str) -> None:
+        while not stop.is_set():
+            with bank.lease(name):
+                time.sleep(0.002)
+            small[0] += 1
+
+    threads = [threading.Thread(target=stream, args=(name,)) for name in "abcabc"]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(5):
+            got: list[float] = []
+
+            def large(got: list[float] = got) -> None:
+                with bank.lease("def") as lease:
+                    got.extend(held(lease, name) for name in "def")
+
+            thread = threading.Thread(target=large)
+            thread.start()
+            thread.join(10)
+            assert got == [ord(name) for name in "def"]
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(10)
+    assert small[0] > 0
 
 
 def test_an_adapter_unloaded_while_a_request_waits_for_it_is_unknown() -> None:

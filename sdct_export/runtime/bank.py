@@ -1,10 +1,11 @@
 """The adapter bank: which adapter lies in which slot, safely while other threads run. Its memory is the backend's.
 
 Slot 0 is all zero and means "no adapter". Every other slot holds the rows of one adapter (`packing.pack`). The bank
-starts small and doubles up to `max_slots`; then the least recently used adapter gives up its slot and comes back when
-a request names it. A request holds a *lease* while it runs: the tensors it started with, and a pin on each slot it
-uses. Nothing ever writes to a pinned slot, growth makes new tensors and leaves the old ones to the requests that hold
-them, and the slot of an adapter that was removed is free again when the last request that uses it has finished.
+starts small and doubles up to `max_slots`; then the least recently used adapter gives up its slot, waits in host
+memory and comes back when a request names it. A request holds a *lease* while it runs: the tensors it started with,
+and a pin on each slot it uses. Nothing ever writes to a pinned slot, growth makes new tensors and leaves the old ones
+to the requests that hold them, and the slot of an adapter that was removed is free again when the last request that
+uses it has finished. Requests that need slots which others hold wait in the order in which they came.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Generic, Protocol, TypeVar
 
@@ -36,6 +37,12 @@ class Memory(Protocol[T]):
     def write(self, tensor: T, slot: int, row: Array) -> None:
         """Set `tensor[slot] = row`; visible to runs that start after the call returns."""
 
+    def read(self, tensor: T, slot: int) -> Array:
+        """A copy of `tensor[slot]` in host memory."""
+
+    def copy(self, source: T, target: T) -> None:
+        """Set the first slots of `target` to those of the smaller `source`."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AdapterInfo:
@@ -56,7 +63,7 @@ class Lease(Generic[T]):
 
 @dataclasses.dataclass(eq=False)
 class _Entry:
-    rows: Mapping[str, Array]
+    rows: Mapping[str, Array]  # while resident they lie in the slot and this is empty
     n_parameters: int
     labels: int | None
     slot: int | None = None
@@ -85,6 +92,7 @@ class Bank(Generic[T]):
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._slots = min(FIRST_SLOTS, max_slots)
         self._free = list(range(self._slots - 1, 0, -1))
+        self._queue: deque[object] = deque()  # requests that have no lease yet
         self._tensors = self._allocate(self._slots)
 
     @property
@@ -124,7 +132,7 @@ class Bank(Generic[T]):
             entry = self._find(name)
             del self._entries[name]
             if not entry.pins:
-                self._vacate(entry)
+                self._release(entry)
             self._changed.notify_all()
 
     @contextlib.contextmanager
@@ -142,10 +150,7 @@ class Bank(Generic[T]):
                 f"(max_slots={self._max_slots}); raise max_slots or split the batch"
             )
         with self._changed:
-            entries = self._find_all(wanted)
-            while not self._can_place(entries):
-                self._changed.wait()
-                entries = self._find_all(wanted)
+            entries = self._wait_for_slots(wanted)
             for name, entry in entries.items():
                 self._entries.move_to_end(name)
                 if entry.slot is None:
@@ -162,7 +167,7 @@ class Bank(Generic[T]):
                 for name, entry in entries.items():
                     entry.pins -= 1
                     if not entry.pins and self._entries.get(name) is not entry:
-                        self._vacate(entry)
+                        self._release(entry)
                 self._changed.notify_all()
 
     def _find(self, name: str) -> _Entry:
@@ -172,8 +177,19 @@ class Bank(Generic[T]):
             known = ", ".join(sorted(self._entries)) or "none"
             raise UnknownAdapterError(f"no adapter named {name!r} is loaded; loaded: {known}") from None
 
-    def _find_all(self, names: Iterable[str]) -> dict[str, _Entry]:
-        return {name: self._find(name) for name in names}
+    def _wait_for_slots(self, names: Iterable[str]) -> dict[str, _Entry]:
+        """The entries of `names`, once it is this request's turn and there is room for those that are not resident."""
+        ticket = object()
+        self._queue.append(ticket)
+        try:
+            while True:
+                entries = {name: self._find(name) for name in names}
+                if self._queue[0] is ticket and self._can_place(entries):
+                    return entries
+                self._changed.wait()
+        finally:
+            self._queue.remove(ticket)
+            self._changed.notify_all()
 
     def _can_place(self, entries: Mapping[str, _Entry]) -> bool:
         missing = sum(entry.slot is None for entry in entries.values())
@@ -186,13 +202,16 @@ class Bank(Generic[T]):
             self._grow()
         if not self._free:
             idle = (e for n, e in self._entries.items() if e.slot is not None and not e.pins and n not in (keep or {}))
-            self._vacate(next(idle))
+            oldest = next(idle)
+            oldest.rows = {n: self._memory.read(t, oldest.slot or 0) for n, t in self._tensors.items()}
+            self._release(oldest)
         slot = self._free[-1]
-        self._write(self._tensors, slot, entry)  # where this fails the slot stays free
+        for name, row in entry.rows.items():  # where this fails the slot stays free
+            self._memory.write(self._tensors[name], slot, row)
         self._free.pop()
-        entry.slot = slot
+        entry.slot, entry.rows = slot, {}
 
-    def _vacate(self, entry: _Entry) -> None:
+    def _release(self, entry: _Entry) -> None:
         if entry.slot is not None:
             self._free.append(entry.slot)
             entry.slot = None
@@ -200,15 +219,10 @@ class Bank(Generic[T]):
     def _grow(self) -> None:
         slots = min(2 * self._slots, self._max_slots)
         tensors = self._allocate(slots)
-        for entry in self._entries.values():
-            if entry.slot is not None:
-                self._write(tensors, entry.slot, entry)
+        for name, tensor in tensors.items():
+            self._memory.copy(self._tensors[name], tensor)
         self._free = list(range(slots - 1, self._slots - 1, -1))
         self._tensors, self._slots = tensors, slots
-
-    def _write(self, tensors: Mapping[str, T], slot: int, entry: _Entry) -> None:
-        for name, row in entry.rows.items():
-            self._memory.write(tensors[name], slot, row)
 
     def _allocate(self, slots: int) -> dict[str, T]:
         try:

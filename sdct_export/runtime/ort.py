@@ -86,6 +86,16 @@ class OrtBackend:
         if self._device == "cuda":
             _copy_slot(tensor, slot)
 
+    def read(self, tensor: OrtTensor, slot: int) -> Array:
+        """A copy of `tensor[slot]` in host memory."""
+        return np.array(tensor.host[slot])
+
+    def copy(self, source: OrtTensor, target: OrtTensor) -> None:
+        """Set the first slots of `target` to those of the smaller `source`."""
+        target.host[: len(source.host)] = source.host
+        if self._device == "cuda":
+            target.value.update_inplace(target.host)
+
     def run(self, inputs: Mapping[str, Array], bank: Mapping[str, OrtTensor]) -> dict[str, Array]:
         """All outputs as arrays in host memory. Raises `SdctError` where ONNX Runtime fails on these inputs."""
         binding = self._session.io_binding()

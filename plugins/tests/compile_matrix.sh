@@ -16,8 +16,8 @@ fi
 
 flags=(-std=c++17 -O1 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Iinclude)
 core=()
-for name in plan no_cuda; do
-  "$cxx" "${flags[@]}" -c "core/$name.cpp" -o "$work/$name.o" || exit 1
+for name in plan cpu cpu_path no_cuda; do
+  "$cxx" -std=c++17 -O1 -fPIC -Iinclude -DSDCT_ISA=baseline -c "core/$name.cpp" -o "$work/$name.o" || exit 1
   core+=("$work/$name.o")
 done
 

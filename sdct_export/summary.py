@@ -16,10 +16,10 @@ from .selection import bands_of
 class ModuleSummary:
     """One adapted module.
 
-    `energy` is `|dW|_F^2 = sum (scaling * value)^2` (the transforms are orthonormal); `band_shares` are the parts of it
-    in each distance band, low frequencies first; `largest` is the largest `|scaling * value|`. `shape` is the recorded
-    `(d_out, d_in)`, None where the file does not say; bands are then taken in the smallest matrix that holds all
-    indices.
+    `energy` is `|dW|_F^2 = sum (scaling * value)^2` (the transforms are orthonormal); `band_shares` are the parts of
+    it in each distance band, low frequencies first; `largest` is the largest `|scaling * value|`. `shape` is the
+    recorded `(d_out, d_in)`, None where the file does not say; bands are then taken in the smallest matrix that holds
+    all indices.
     """
 
     module: str

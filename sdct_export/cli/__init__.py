@@ -91,6 +91,9 @@ def main(
             "TensorRT engines come with a later version; export with --format onnx, and build a merged model's engine "
             f"with: trtexec --onnx={output}/model.onnx --saveEngine=model.engine"
         )
+    from ..files import refuse_existing
+
+    refuse_existing(output)
     if format_ == "transformers":
         from ..merging import merge_checkpoint
 

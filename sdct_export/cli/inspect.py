@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import click
 from .output import print_json, print_table, printable
 
 if TYPE_CHECKING:
-    from ..bundle import Bundle
+    from ..bundle import Bundle, TensorSpec
 
 
 @click.command(
@@ -83,24 +84,32 @@ def _show_adapter(path: Path, plot: Path | None, as_json: bool) -> None:
             )
             for m in modules
         ],
+        right=(2, 3, 4, 5),
     )
     if adapter.saved:
+        click.echo()
         saved = [(name, " x ".join(map(str, a.shape)), a.dtype) for name, a in adapter.saved.items()]
         print_table(["saved in full", "shape", "dtype"], saved)
     if plot:
         click.echo(f"wrote {plot}")
 
 
+def _signature(specs: Sequence[TensorSpec]) -> str:
+    return ", ".join(f"{s.name} {s.dtype} [{', '.join(map(str, s.shape))}]" for s in specs)
+
+
 def _show_bundle(bundle: Bundle, as_json: bool) -> None:
-    from ..errors import SdctError
+    from ..errors import AdapterFormatError, VerificationError
 
     states = {}
     for name in bundle.adapters:
         try:
             bundle.check_adapter(name)
             states[name] = "intact"
-        except SdctError:
-            states[name] = "changed or missing"
+        except VerificationError:
+            states[name] = "changed"
+        except AdapterFormatError:
+            states[name] = "missing"
     if as_json:
         described = dataclasses.asdict(bundle) | {"path": str(bundle.path)}
         del described["module_digests"]
@@ -115,19 +124,21 @@ def _show_bundle(bundle: Bundle, as_json: bool) -> None:
         ("base", f"{bundle.base_name} ({bundle.base_architecture})"),
         ("base hash", bundle.base_hash),
         ("model sha256", bundle.model_sha256),
-        ("inputs", ", ".join(f"{s.name} {list(s.shape)}" for s in bundle.inputs)),
-        ("outputs", ", ".join(f"{s.name} {list(s.shape)}" for s in bundle.outputs)),
+        ("inputs", _signature(bundle.inputs)),
+        ("outputs", _signature(bundle.outputs)),
     ):
         click.echo(f"{name}: {printable(value)}")
     if bundle.groups:
         click.echo()
         rows = [(g.name, g.d_in, " ".join(map(str, g.d_out)), " ".join(map(str, g.capacity))) for g in bundle.groups]
-        print_table(["group", "d_in", "d_out", "capacity"], rows)
+        print_table(["group", "d_in", "d_out", "capacity"], rows, right=(1,))
     if bundle.heads:
-        print_table(["head", "d_out", "d_in"], [(h.module, h.d_out, h.d_in) for h in bundle.heads])
+        click.echo()
+        print_table(["head", "d_out", "d_in"], [(h.module, h.d_out, h.d_in) for h in bundle.heads], right=(1, 2))
     if bundle.adapters:
+        click.echo()
         rows_ = [
             (name, states[name], record.sha256, "-" if record.labels is None else record.labels)
             for name, record in bundle.adapters.items()
         ]
-        print_table(["adapter", "state", "sha256", "labels"], rows_, text_columns=3)
+        print_table(["adapter", "state", "sha256", "labels"], rows_, right=(3,))

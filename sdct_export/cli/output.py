@@ -30,21 +30,20 @@ def print_json(value: object) -> None:
     click.echo(json.dumps(value, indent=2))
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, text_columns: int = 1) -> None:
-    """A table on a terminal, tab-separated lines in a pipe; all but the first `text_columns` are aligned right."""
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> None:
+    """A table on a terminal, its columns `right` aligned right; tab-separated lines in a pipe."""
     cells = [[printable(str(cell)) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         for row in [list(columns), *cells]:
             click.echo("\t".join(row))
         return
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < text_columns else "right", overflow="fold")
+        table.add_column(column, justify="right" if i in right else "left", overflow="fold")
     for row in cells:
         table.add_row(*map(Text, row))  # Text: a name with brackets is no markup
     Console().print(table)

@@ -13,7 +13,7 @@ from .output import print_json, print_table
     epilog="""\b
 Examples:
   sdct-export project --model bert/ --lora lora/ --output adapter/
-  sdct-export project --model bert/ --tuned bert-tuned/ --total 20000 --output adapter/"""
+  sdct-export project --model bert/ --tuned tuned/ --save classifier --total 20000 --output adapter/"""
 )
 @click.option(
     "--model", metavar="BASE", required=True, type=click.Path(path_type=Path), help="Base checkpoint folder."
@@ -26,6 +26,9 @@ Examples:
 @click.option(
     "--target", "targets", multiple=True, help="Module to project; repeat it for more. [default: all that changed]"
 )
+@click.option(
+    "--save", "saved", multiple=True, help="Module of --tuned to store in full, such as its head; repeatable."
+)
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON on standard output.")
 def project(
     model: Path,
@@ -35,6 +38,7 @@ def project(
     n: int,
     total: int | None,
     targets: tuple[str, ...],
+    saved: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Turn a LoRA or a tuned checkpoint into an sDCT adapter.
@@ -48,7 +52,13 @@ def project(
 
     refuse_existing(output)
     adapter, report = project_change(
-        model, lora=lora, tuned=tuned, n_coefficients=n, total=total, target_modules=targets or None
+        model,
+        lora=lora,
+        tuned=tuned,
+        n_coefficients=n,
+        total=total,
+        target_modules=targets or None,
+        modules_to_save=saved or None,
     )
     adapter.save(output)
     if as_json:
@@ -60,7 +70,7 @@ def project(
         (name, f"{m.shape[0]} x {m.shape[1]}", m.n, f"{m.retained_energy:.1%}", f"{m.relative_error:.3f}")
         for name, m in report.modules.items()
     ]
-    print_table(["module", "shape", "n", "energy kept", "relative error"], rows)
+    print_table(["module", "shape", "n", "energy kept", "relative error"], rows, right=(2, 3, 4))
     for title, names in (("saved in full", report.saved), ("not carried over", report.ignored)):
         if names:
             click.echo(f"{title}: {', '.join(names)}")

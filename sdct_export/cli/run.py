@@ -60,7 +60,7 @@ def run(
     batch = len(next(iter(result.values())))
     chosen = rows * batch if len(rows) == 1 else rows or [None] * batch
     labels = top_labels(model.bundle, result, [list(row or {}) for row in chosen])
-    names = [_format_adapters(row) for row in chosen]
+    names = ["merged" if model.bundle.kind == "merged" else _format_adapters(row) for row in chosen]
     if as_json:
         described: list[dict[str, object]] = [{"adapter": name} for name in names]
         for row, label in zip(described, labels or [], strict=labels is not None):
@@ -72,7 +72,7 @@ def run(
             (i, name, label.index if label.name is None else label.name, f"{label.probability:.4f}")
             for i, (name, label) in enumerate(zip(names, labels, strict=True))
         ]
-        print_table(["row", "adapter", "label", "probability"], rows_, text_columns=3)
+        print_table(["row", "adapter", "label", "probability"], rows_, right=(3,))
     else:
         shapes = [(name, " x ".join(map(str, array.shape)), array.dtype) for name, array in result.items()]
         print_table(["output", "shape", "dtype"], shapes)

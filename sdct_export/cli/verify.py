@@ -34,8 +34,17 @@ def verify(context: click.Context, bundle: Path, model: Path | None, device: str
     if as_json:
         print_json(dataclasses.asdict(report) | {"ok": report.ok})
     else:
-        rows = [(check.name, "ok" if check.ok else "FAILED", check.detail) for check in report.checks]
-        print_table(["check", "result", "detail"], rows, text_columns=3)
+        rows = [
+            (
+                check.name,
+                "ok" if check.ok else "FAILED",
+                "-" if check.error is None else f"{check.error:.1e}",
+                "-" if check.limit is None else f"{check.limit:.0e}",
+                check.detail,
+            )
+            for check in report.checks
+        ]
+        print_table(["check", "result", "difference", "limit", "detail"], rows, right=(2, 3))
     failed = sum(not check.ok for check in report.checks)
     if failed:
         click.echo(f"error: {bundle}: {failed} of {len(report.checks)} checks failed", err=True)

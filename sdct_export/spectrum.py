@@ -71,7 +71,8 @@ def _inverse(spectrum: Tensor) -> Tensor:
     # V_k = (X_k - i X_{N-k}) / (s_k e^{-i pi k / 2N}) = (X_k - i X_{N-k}) conj(t_k) / s_k^2
     weight = torch.full((half,), n / 2, dtype=real.dtype, device=real.device)
     weight[0] = n
-    v: Tensor = torch.fft.irfft(torch.complex(real, imag) * (twiddle.conj() * weight), n=n)
+    # conj_physical, not the lazy conj: compiled graphs run with the dispatch key of lazy conjugation switched off
+    v: Tensor = torch.fft.irfft(torch.complex(real, imag) * (twiddle.conj_physical() * weight), n=n)
     return v.index_select(-1, restore)
 
 

@@ -94,8 +94,8 @@ def export_merged(
     base.model.to(DTYPES[exported])
     with new_folder(output) as folder:
         graph = trace(base.model)
-        _record(base.model.float(), {}, folder)
         _write(folder, "merged", base, exported, graph, len(graph.graph.inputs), (), (), {})
+        _record(base.model.float(), {}, folder)  # in place: the graph shared these weights
     return Bundle.load(output)
 
 
@@ -138,8 +138,8 @@ def export_multi(
         insertion(graph)
         label_head = _label_head(base.model, named)
         records = {name: _ship(folder, name, adapters[name], a, label_head) for name, a in named.items()}
-        _record(base.model.float(), named, folder)
         _write(folder, "multi", base, exported, graph, own_inputs, insertion.groups, insertion.heads, records)
+        _record(base.model.float(), named, folder)  # in place: the graph shared these weights
     return Bundle.load(output)
 
 

@@ -164,7 +164,7 @@ def build_engine(
             f"the plugin library {PLUGIN_FILE} is missing, which computes the adapters; build it against TensorRT's "
             "headers (see docs/tensorrt.md), or export with --merge"
         )
-    log = _Log(trt)
+    log = Log(trt)
     if library is not None:
         load_plugin(trt, library)
     plan, cache_bytes, embedded = _build(trt, log, bundle, graph, shapes, library, cache, embed_plugin, progress)
@@ -351,7 +351,7 @@ def _major(trt: Any) -> int:
     return int(str(trt.__version__).split(".")[0])
 
 
-class _Log:
+class Log:
     """What TensorRT reports: errors are kept for our own message, the rest is dropped."""
 
     def __init__(self, trt: Any) -> None:
@@ -376,7 +376,7 @@ class _Log:
 
 def _build(
     trt: Any,
-    log: _Log,
+    log: Log,
     bundle: Bundle,
     graph: Path,
     shapes: Mapping[str, Sequence[tuple[int, ...]]],

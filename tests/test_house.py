@@ -25,8 +25,9 @@ LAYERS = [
     {"onnx_adapter"},
     {"export", "reference"},
     {"native"},
+    {"build"},
     {"runtime"},
-    {"verify"},
+    {"verify", "doctor"},
     {"cli"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}

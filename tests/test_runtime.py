@@ -256,7 +256,10 @@ def test_merged_bundles_run_without_adapters(tmp_path: Path) -> None:
 def test_constructor_options(folder: Path) -> None:
     assert MultiAdapterModel(Bundle.load(folder), threads=2).adapters.keys() == SHIPPED.keys()
     for options, error, message in [
-        ({"backend": "tensorrt"}, UnsupportedError, "'tensorrt' is not part of this version yet"),
+        ({"backend": "tensorrt"}, AdapterFormatError, "model.engine.json cannot be read"),
+        ({"backend": "tensorrt", "device": "cpu"}, ConfigError, "runs on device 'cuda' or 'cuda:N', got 'cpu'"),
+        ({"backend": "tensorrt", "threads": 2}, ConfigError, "threads is for backend='onnxruntime'"),
+        ({"engine": "x.engine"}, ConfigError, "engine is for backend='tensorrt'"),
         ({"backend": "torch"}, ConfigError, "backend must be 'onnxruntime' or 'tensorrt', got 'torch'"),
         ({"device": "gpu"}, ConfigError, "device must be 'cpu', 'cuda' or 'cuda:N', got 'gpu'"),
         ({"device": "cuda:"}, ConfigError, "device must be"),

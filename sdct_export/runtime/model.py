@@ -6,6 +6,7 @@ import numbers
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -15,13 +16,25 @@ from ..bundle import Bundle, TensorSpec
 from ..errors import AdapterFormatError, ConfigError, UnsupportedError
 from ..files import check_adapter_name
 from ..packing import bank_layout, label_count, pack
-from .bank import AdapterInfo, Bank
-from .ort import OrtBackend, OrtTensor
+from .bank import AdapterInfo, Bank, Memory
+from .ort import OrtBackend
 
 Selection = str | None | Mapping[str, float]  # the adapters of one batch row
 
 DEFAULT_MAX_SLOTS = 256
 _MAX_SCALE = float(np.finfo(np.float32).max)
+
+T = TypeVar("T")
+
+
+class Backend(Memory[T], Protocol):
+    """What runs a graph: its inputs and outputs, memory for a bank, and one call for a batch."""
+
+    inputs: dict[str, tuple[int | str | None, ...]]
+    outputs: tuple[str, ...]
+
+    def run(self, inputs: Mapping[str, Array], bank: Mapping[str, T]) -> dict[str, Array]:
+        """All outputs as arrays in host memory."""
 
 
 class MultiAdapterModel:
@@ -30,11 +43,12 @@ class MultiAdapterModel:
     Args:
         bundle: folder of an exported bundle, or the `Bundle` read from it. Its own adapters are checked against their
             recorded hashes and loaded.
-        backend: `onnxruntime`.
-        device: `cpu`, `cuda` or `cuda:N`.
+        backend: `onnxruntime`, or `tensorrt` for an engine built from the bundle.
+        device: `cpu`, `cuda` or `cuda:N`; default `cpu`, for TensorRT `cuda`.
         max_slots: most slots of the adapter bank, the base's slot 0 included. More adapters can be loaded; the least
             recently used ones give up their slots.
-        threads: threads within an operator, None for the backend's choice.
+        threads: threads within an operator, None for the backend's choice; ONNX Runtime only.
+        engine: the engine file, default `model.engine` in the bundle; TensorRT only.
 
     Raises:
         AdapterFormatError: the bundle is damaged. VerificationError: one of its adapters was changed.
@@ -45,25 +59,37 @@ class MultiAdapterModel:
         self,
         bundle: Bundle | str | Path,
         backend: str = "onnxruntime",
-        device: str = "cpu",
+        device: str | None = None,
         *,
         max_slots: int = DEFAULT_MAX_SLOTS,
         threads: int | None = None,
+        engine: str | Path | None = None,
     ) -> None:
-        if backend == "tensorrt":
-            raise UnsupportedError("backend 'tensorrt' is not part of this version yet; use backend='onnxruntime'")
-        if backend != "onnxruntime":
+        if backend not in ("onnxruntime", "tensorrt"):
             raise ConfigError(f"backend must be 'onnxruntime' or 'tensorrt', got {backend!r}")
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
-        if self.bundle.dtype not in ("float32", "float16"):
-            raise UnsupportedError(
-                f"{self.bundle.path}: ONNX Runtime cannot run a {self.bundle.dtype} bundle; "
-                "export it in float32 or float16"
-            )
         layout = bank_layout(self.bundle)
-        self._backend = OrtBackend(self.bundle.model_path, device, threads)
+        self._backend: Backend[Any]
+        if backend == "tensorrt":
+            if threads is not None:
+                raise ConfigError("threads is for backend='onnxruntime'; leave it out for TensorRT")
+            from .trt import TrtBackend
+
+            trt = TrtBackend(self.bundle, device or "cuda", engine)
+            self._backend = trt
+            if isinstance(max_slots, int):
+                max_slots = min(max_slots, trt.max_slots)  # the engine's own limit
+        else:
+            if engine is not None:
+                raise ConfigError("engine is for backend='tensorrt'; leave it out for ONNX Runtime")
+            if self.bundle.dtype not in ("float32", "float16"):
+                raise UnsupportedError(
+                    f"{self.bundle.path}: ONNX Runtime cannot run a {self.bundle.dtype} bundle; "
+                    "export it in float32 or float16"
+                )
+            self._backend = OrtBackend(self.bundle.model_path, device or "cpu", threads)
         self._check_graph([*layout])
-        self._bank: Bank[OrtTensor] | None = None
+        self._bank: Bank[Any] | None = None
         if self.bundle.kind == "multi":
             self._bank = Bank(layout, self._backend, max_slots)
             for name in self.bundle.adapters:
@@ -135,7 +161,7 @@ class MultiAdapterModel:
             feeds |= {contract.ADAPTER_IDS: ids, contract.ADAPTER_SCALES: scales}
             return self._backend.run(feeds, lease.tensors)
 
-    def _require_bank(self) -> Bank[OrtTensor]:
+    def _require_bank(self) -> Bank[Any]:
         if self._bank is None:
             raise ConfigError("this bundle is merged: it has no adapter bank; export without --merge to load adapters")
         return self._bank

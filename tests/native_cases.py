@@ -46,7 +46,7 @@ class Case:
 
 
 def entries(rng: np.random.Generator, d_out: int, d_in: int, n: int, capacity: int) -> tuple[Array, Array]:
-    """A bank slot's columns of one projection as the contract lays them out: `values [capacity]`, `indices [capacity, 2]`."""
+    """One projection's part of a bank slot, as the contract has it: `values [capacity]`, `indices [capacity, 2]`."""
     n = min(n, capacity, d_out * d_in)
     flat = np.sort(rng.choice(d_out * d_in, n, replace=False)) if d_out * d_in < 10**7 else None
     if flat is None:
@@ -130,7 +130,7 @@ def _strided(array: Array, gap: int) -> bytes:
 
 
 def run(driver: Path, cases: list[Case], folder: Path) -> list[list[Array]]:
-    """The outputs of every case, run by the driver. Raises AssertionError where it reports an error or a sanitizer stops it."""
+    """The outputs of every case, by the driver; AssertionError where it reports an error or a sanitizer stops it."""
     source, target = folder / "cases.bin", folder / "results.bin"
     with source.open("wb") as file:
         for c in cases:
@@ -172,8 +172,11 @@ def run(driver: Path, cases: list[Case], folder: Path) -> list[list[Array]]:
 
 
 def check(case: Case, outputs: list[Array], tolerance: float = 1e-5) -> bool:
-    """Assert that outputs equal y + delta to `tolerance` (relative to the delta's norm) and the rounding of the dtype, and that rows
-    without an adapter are bit-equal to y. Whether any delta was seen."""
+    """Assert that outputs are y + delta, and bit-equal to y where a token has no adapter. Whether any delta was seen.
+
+    The bound is `tolerance` times the delta's size (element and root mean square of the token), plus half a unit in
+    the last place of the dtype.
+    """
     changed = False
     for y, got, delta in zip(case.y, outputs, deltas(case), strict=True):
         base = y.astype(np.float64)

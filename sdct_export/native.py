@@ -1,0 +1,86 @@
+"""Find and load the native libraries. Everything here works without them; they make it fast.
+
+A library is looked for in the folders of the environment variable `SDCT_LIBRARY_PATH` (separated like `PATH`; a build
+folder, or an empty one to go without), and where that is not set in the package's own `lib` folder, where an
+installation with a compiler puts it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from .contract import OP_VERSION
+from .errors import UnsupportedError
+
+LIBRARY_PATH = "SDCT_LIBRARY_PATH"
+
+
+def operator_library() -> Path | None:
+    """The ONNX Runtime operator library, None where there is none.
+
+    Raises:
+        UnsupportedError: it is there but cannot be loaded, or implements another version of the node.
+    """
+    path = find_library("sdct_onnxruntime")
+    if path is not None:
+        check_version(path)
+    return path
+
+
+def register_operator(options: Any) -> bool:
+    """Make sessions with `options` (an `onnxruntime.SessionOptions`) run `SpectralDelta` nodes natively.
+
+    Returns whether there was a library. The model stays as it is: ONNX Runtime prefers a registered operator to the
+    model-local function of the same domain and name, whatever the node's overload (seen with 1.23 and 1.31).
+
+    Raises:
+        UnsupportedError: as `operator_library`, or ONNX Runtime refuses the library.
+    """
+    path = operator_library()
+    if path is None:
+        return False
+    try:
+        options.register_custom_ops_library(str(path))
+    except Exception as error:  # ONNX Runtime's errors share no base class
+        raise UnsupportedError(
+            f"ONNX Runtime cannot use {path} ({str(error).strip()}); install the package again, "
+            f"or set {LIBRARY_PATH} to an empty folder to run without it"
+        ) from error
+    return True
+
+
+def find_library(stem: str) -> Path | None:
+    """The first library called `stem` on the search path, None where there is none."""
+    name = {"win32": f"{stem}.dll", "darwin": f"lib{stem}.dylib"}.get(sys.platform, f"lib{stem}.so")
+    folders = os.environ.get(LIBRARY_PATH)
+    if folders is None:
+        places = [Path(__file__).parent / "lib"]
+    else:
+        places = [Path(folder) for folder in folders.split(os.pathsep) if folder]
+    for place in places:
+        if (place / name).is_file():
+            return (place / name).resolve()
+    return None
+
+
+def check_version(path: Path) -> None:
+    """Load the library at `path` and compare its `sdct_version()` with the contract's.
+
+    Raises:
+        UnsupportedError: it cannot be loaded, or implements another version of the node.
+    """
+    again = "build it again for this version and machine (pip install --force-reinstall sdct_export)"
+    try:
+        version = ctypes.CDLL(str(path)).sdct_version
+    except (OSError, AttributeError) as error:
+        raise UnsupportedError(f"cannot load the native library {path}: {error}; {again}") from error
+    version.restype, version.argtypes = ctypes.c_int32, []
+    found = int(version())
+    if found != OP_VERSION:
+        raise UnsupportedError(
+            f"{path} implements version {found} of SpectralDelta, this package needs {OP_VERSION}; {again}"
+        )

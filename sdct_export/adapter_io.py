@@ -47,7 +47,7 @@ def load_adapter(path: str | Path) -> SdctAdapter:
         AdapterFormatError: naming the file, the module and what to do.
     """
     folder = Path(path)
-    if not os.path.isdir(folder):
+    if not os.path.isdir(folder):  # noqa: PTH112, since Path.is_dir raises for a name that is too long
         raise AdapterFormatError(
             f"{folder} is not a folder; an sDCT adapter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
         )

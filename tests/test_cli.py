@@ -138,6 +138,7 @@ def test_inspect_adapter_as_json_with_a_picture(adapter: Path, tmp_path: Path) -
 
 def test_inspect_says_what_is_wrong(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "is not a folder" in fails("inspect", tmp_path / "nothing")
+    assert "File name too long" in fails("inspect", "x" * 5000)
     assert "must end in .png" in fails("inspect", adapter, "--plot", tmp_path / "x.gif")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install 'sdct_export[plot]'" in fails("inspect", adapter, "--plot", tmp_path / "x.png")

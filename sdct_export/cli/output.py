@@ -14,13 +14,15 @@ from ..errors import SdctError
 
 
 class Main(click.Group):
-    """A group whose commands end with `error: ...` on standard error and exit code 1 on an `SdctError`."""
+    """A group whose commands end with `error: ...` on standard error and exit code 1 where the user can mend it."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
-        except SdctError as error:
+        except (SdctError, OSError) as error:
+            if isinstance(error, BrokenPipeError):  # the reader of a pipe has gone; click ends quietly
+                raise
             click.echo(f"error: {printable(str(error))}", err=True)
             ctx.exit(1)
 

@@ -2,6 +2,7 @@
 
 model.onnx (+ model.onnx.data)   the graph; sdct_bundle.json describes it
 adapters/<name>/                 adapter folders exported along with it; a merged export has none
+adapters/<name>.onnx_adapter     the same for ONNX Runtime's own adapter API
 probe.safetensors                torch outputs on fixed inputs, recorded at export, for `sdct-export verify`
 tokenizer and config files       of the base, so that the folder can be served by itself
 """
@@ -155,14 +156,22 @@ def file_sha256(path: Path) -> str:
 
 
 def _parse(raw: dict[str, Any]) -> dict[str, Any]:
+    fields = dict(raw)
+    for name in ("kind", "task", "dtype", "base_name", "base_architecture", "base_hash", "base_hash_dtype"):
+        _text(raw[name], name)
+    _text(raw["model_sha256"], "model_sha256")
     if raw["kind"] not in ("multi", "merged"):
         raise ValueError(f"kind must be multi or merged, got {raw['kind']!r}")
-    fields = dict(raw)
+    for name in ("dtype", "base_hash_dtype"):
+        if raw[name] not in DTYPE_NAMES:
+            raise ValueError(f"{name} must be one of {', '.join(DTYPE_NAMES)}, got {raw[name]!r}")
     for name in ("inputs", "outputs"):
-        fields[name] = tuple(TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in raw[name])
+        fields[name] = tuple(_tensor(s) for s in raw[name])
     fields["groups"] = tuple(_group(g) for g in raw["groups"])
-    fields["heads"] = tuple(Head(h["module"], int(h["d_out"]), int(h["d_in"])) for h in raw["heads"])
-    fields["adapters"] = {check_adapter_name(n): AdapterRecord(**record) for n, record in raw["adapters"].items()}
+    fields["heads"] = tuple(
+        Head(_text(h["module"], "head"), _size(h["d_out"], "d_out"), _size(h["d_in"], "d_in")) for h in raw["heads"]
+    )
+    fields["adapters"] = {check_adapter_name(n): _adapter(record) for n, record in raw["adapters"].items()}
     for dtype in DTYPE_NAMES if fields["groups"] else ():
         for module in (m for group in fields["groups"] for m in group.modules):
             if not isinstance(raw["module_digests"][dtype][module], str):
@@ -170,14 +179,44 @@ def _parse(raw: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def _tensor(raw: dict[str, Any]) -> TensorSpec:
+    for extent in raw["shape"]:
+        if isinstance(extent, bool) or not isinstance(extent, int | str):
+            raise ValueError(f"a shape holds integers and names, got {extent!r}")
+    return TensorSpec(_text(raw["name"], "name"), _text(raw["dtype"], "dtype"), tuple(raw["shape"]))
+
+
 def _group(raw: dict[str, Any]) -> Group:
     group = Group(
-        raw["name"],
-        tuple(raw["modules"]),
-        int(raw["d_in"]),
-        tuple(map(int, raw["d_out"])),
-        tuple(map(int, raw["capacity"])),
+        _text(raw["name"], "group"),
+        tuple(_text(module, "module") for module in raw["modules"]),
+        _size(raw["d_in"], "d_in"),
+        tuple(_size(d, "d_out") for d in raw["d_out"]),
+        tuple(_size(c, "capacity") for c in raw["capacity"]),
     )
-    if not len(group.modules) == len(group.d_out) == len(group.capacity) or min(group.capacity, default=0) < 1:
-        raise ValueError(f"group {group.name!r} needs one d_out and one positive capacity for each module")
+    if not group.modules or not len(group.modules) == len(group.d_out) == len(group.capacity):
+        raise ValueError(f"group {group.name!r} needs one d_out and one capacity for each of its modules")
+    for module, d_out, capacity in zip(group.modules, group.d_out, group.capacity, strict=True):
+        if capacity > d_out * group.d_in:
+            raise ValueError(f"capacity {capacity} exceeds the {d_out} x {group.d_in} of module {module!r}")
     return group
+
+
+def _adapter(raw: dict[str, Any]) -> AdapterRecord:
+    record = AdapterRecord(**raw)
+    _text(record.sha256, "sha256")
+    if record.labels is not None:
+        _size(record.labels, "labels")
+    return record
+
+
+def _text(value: object, what: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{what} must be a string, got {value!r}")
+    return value
+
+
+def _size(value: object, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+        raise ValueError(f"{what} must be a positive integer below 2^31, got {value!r}")
+    return value

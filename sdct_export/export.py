@@ -30,6 +30,7 @@ from .errors import BaseMismatchError, ConfigError, UnsupportedError
 from .files import check_adapter_name, new_folder
 from .graph.insert import InsertAdapters
 from .graph.trace import sample_inputs, trace
+from .onnx_adapter import SUFFIX, write_onnx_adapter
 from .probe import Case, Probe, Row, sample_indices
 from .reference import run_rows
 
@@ -140,6 +141,10 @@ def export_multi(
         records = {name: _ship(folder, name, adapters[name], a, label_head) for name, a in named.items()}
         _write(folder, "multi", base, exported, graph, own_inputs, insertion.groups, insertion.heads, records)
         _record(base.model.float(), named, folder)  # in place: the graph shared these weights
+        described = Bundle.load(folder)
+        for name, adapter in named.items():
+            target = folder / ADAPTERS_FOLDER / f"{name}{SUFFIX}"
+            write_onnx_adapter(described, adapter, target, label=f"adapter {name!r}")
     return Bundle.load(output)
 
 

@@ -25,7 +25,6 @@ from sdct_export.adapter import SdctAdapter, SdctEntries
 from sdct_export.bundle import BUNDLE_FILE, Bundle, adapter_sha256, file_sha256
 from sdct_export.errors import AdapterFormatError, BaseMismatchError
 from sdct_export.export import export_merged, export_multi
-from sdct_export.onnx_adapter import write_onnx_adapter
 from sdct_export.probe import Case, Probe, sample_indices
 from sdct_export.runtime import MultiAdapterModel
 from sdct_export.verify import TOLERANCES, Report, difference, verify
@@ -274,6 +273,16 @@ def test_a_bundle_equals_its_base_from_a_folder_or_in_memory(exported: Exported)
     assert all((a == b).all() for a, b in zip(before, exported.model.parameters(), strict=True))
 
 
+def test_a_float16_bundle_verifies(exported: Exported, tmp_path: Path) -> None:
+    bundle = export_multi(exported.model, exported.adapters, tmp_path / "half", dtype="float16")
+    assert bundle.dtype == "float16"
+    report = verify(tmp_path / "half", exported.model)
+    assert failed(report) == []
+    errors = [check.error for check in report.checks if check.error is not None]
+    assert {check.limit for check in report.checks} == {None, TOLERANCES["float16"]}
+    assert 1e-6 < max(errors) < TOLERANCES["float16"] / 2  # it did round, and well within the limit
+
+
 def test_a_merged_bundle_verifies(exported: Exported) -> None:
     assert failed(verify(exported.merged)) == []
     report = verify(exported.merged, exported.checkpoint)
@@ -351,13 +360,13 @@ def test_running_equals_an_independent_reference(exported: Exported) -> None:
     assert [np.array_equal(got[i], base[i]) for i in range(5)] == [False, True, False, False, False]
 
 
-def test_onnx_runtime_activates_an_adapter_file_on_an_exported_bundle(exported: Exported, tmp_path: Path) -> None:
+def test_onnx_runtime_activates_the_adapter_files_of_an_exported_bundle(exported: Exported) -> None:
     bundle = Bundle.load(exported.multi)
-    file = tmp_path / "short.onnx_adapter"
-    write_onnx_adapter(bundle, exported.adapters["short"], file)
+    files = sorted(path.name for path in (bundle.path / "adapters").glob("*.onnx_adapter"))
+    assert files == ["bare.onnx_adapter", "full.onnx_adapter", "short.onnx_adapter"]
     session = onnxruntime.InferenceSession(bundle.model_path, providers=["CPUExecutionProvider"])
     adapter, options = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
-    adapter.Load(str(file))
+    adapter.Load(str(bundle.path / "adapters" / "short.onnx_adapter"))
     options.add_active_adapter(adapter)
     inputs = {"input_ids": np.array([[5, 6, 7], [8, 9, 1]]), "attention_mask": np.ones((2, 3), np.int64)}
     feeds = inputs | {"adapter_ids": np.array([[1], [0]], np.int32), "adapter_scales": np.ones((2, 1), np.float32)}

@@ -45,6 +45,7 @@ OP_TYPE = "SpectralDelta"
 OP_VERSION = 1
 DCT_OP_TYPE = "Dct"  # helper functions of the portable body, overload = length
 IDCT_OP_TYPE = "Idct"
+PLACE_OP_TYPE = "DctPlace"
 IR_VERSION = 10  # the first with function overloads
 
 ADAPTER_IDS = "adapter_ids"

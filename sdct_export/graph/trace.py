@@ -138,7 +138,9 @@ def _problem(model: nn.Module, stack: list[str], error: Exception) -> str:
         path = next((found for cause in chain if (found := _module_of_node(cause))), "")
     reason = next((line.strip() for line in str(chain[-1]).splitlines() if line.strip()), "no reason given")
     where = f"module {path!r}" if path else "the model as a whole"
-    return f"{type(model).__name__} cannot be exported to ONNX: {where} failed with {type(chain[-1]).__name__}: {reason}"
+    return (
+        f"{type(model).__name__} cannot be exported to ONNX: {where} failed with {type(chain[-1]).__name__}: {reason}"
+    )
 
 
 def _module_of_node(error: BaseException) -> str | None:

@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import dataclasses
 import json
-import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,14 +18,14 @@ from . import contract
 from .bundle import Bundle, file_sha256
 from .errors import AdapterFormatError, ConfigError, OutputError, SdctError, UnsupportedError
 from .files import new_file
+from .native import find_library
 from .packing import bank_layout
 
 ENGINE_FILE = "model.engine"  # default name inside a bundle
 GRAPH_FILE = "model.tensorrt.onnx"  # the graph without function bodies, beside the weights it shares with model.onnx
 OLD_GRAPH_FILE = "model.tensorrt8.onnx"  # the same in the opset TensorRT 8 and 9 read
 MANIFEST_VERSION = 1
-PLUGIN_FILE = "libsdct_tensorrt.so"
-PLUGIN_VARIABLE = "SDCT_TENSORRT_LIBRARY"
+PLUGIN = "sdct_tensorrt"  # the plugin library, see `native.find_library`
 PLUGIN_NONE, PLUGIN_LIBRARY, PLUGIN_EMBEDDED = "none", "library", "embedded"
 _CACHE_LIMIT = 1 << 30
 
@@ -151,7 +150,7 @@ def build_engine(
     shapes = profile_shapes(bundle, profile or default_profile(bundle))
     trt = _tensorrt_or_none()
     graph = prepare_graph(bundle, old=trt is not None and _major(trt) < 10)
-    library = plugin_library() if bundle.groups else None
+    library = find_library(PLUGIN) if bundle.groups else None
     cache = Path(timing_cache) if timing_cache is not None else None
     report(trtexec_command(bundle, graph, engine, shapes, library=library, timing_cache=cache, trt=trt))
     if trt is None:
@@ -161,7 +160,7 @@ def build_engine(
         )
     if bundle.groups and library is None:
         raise UnsupportedError(
-            f"the plugin library {PLUGIN_FILE} is missing, which computes the adapters; build it against TensorRT's "
+            f"the plugin library {PLUGIN} is missing, which computes the adapters; build it against TensorRT's "
             "headers (see docs/tensorrt.md), or export with --merge"
         )
     log = Log(trt)
@@ -308,21 +307,6 @@ def prepare_graph(bundle: Bundle, *, old: bool = False) -> Path:
 
 
 # --- TensorRT
-
-
-def plugin_library() -> Path | None:
-    """The plugin library: what `SDCT_TENSORRT_LIBRARY` names, else the one installed with the package, else None.
-
-    Raises:
-        ConfigError: the variable names no file.
-    """
-    named = os.environ.get(PLUGIN_VARIABLE)
-    if named:
-        if not Path(named).is_file():
-            raise ConfigError(f"{PLUGIN_VARIABLE} names {named}, which is no file; give the path of {PLUGIN_FILE}")
-        return Path(named).resolve()
-    installed = Path(__file__).parent / "lib" / PLUGIN_FILE
-    return installed if installed.is_file() else None
 
 
 def load_plugin(trt: Any, library: Path) -> None:

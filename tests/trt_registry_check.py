@@ -1,7 +1,7 @@
 """Drive the plugin library through a real TensorRT registry: `python trt_registry_check.py LIBRARY`. Needs no GPU.
 
-Works with the full package of any version (8.5 on) and with the lean runtime, which brings the same registry. Prints one
-line a check and exits 1 where one fails. Run by test_trt_plugin.py with the interpreter that has TensorRT.
+Works with the full package of any version (8.5 on) and with the lean runtime, which brings the same registry. Prints
+one line a check and exits 1 where one fails. Run by test_trt_plugin.py with the interpreter that has TensorRT.
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ def check_v3(creator) -> None:
     core, build, runtime = (
         plugin.get_capability_interface(getattr(trt.PluginCapabilityType, t)) for t in ("CORE", "BUILD", "RUNTIME")
     )
-    check("name, version", (core.plugin_name, core.plugin_version, core.plugin_namespace) == (NAME, VERSION, NAMESPACE))
+    check(
+        "name, version", (core.plugin_name, core.plugin_version, core.plugin_namespace) == (NAME, VERSION, NAMESPACE)
+    )
     check("two outputs", build.num_outputs == 2)
     saved = GOOD | {"contract_version": [1]}
     again = create(creator, saved, "RUNTIME")

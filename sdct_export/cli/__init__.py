@@ -7,6 +7,8 @@ from pathlib import Path
 import click
 
 from .. import __version__
+from .build import build
+from .doctor import doctor
 from .inspect import inspect
 from .output import Main, busy, print_json
 from .project import project
@@ -45,7 +47,7 @@ Examples:
     type=click.Choice(["onnx", "transformers", "tensorrt"]),
     default="onnx",
     show_default=True,
-    help="What to write; transformers (a checkpoint) goes with --merge.",
+    help="What to write: ONNX, the same with a TensorRT engine in it, or (with --merge) a checkpoint.",
 )
 @click.option(
     "--dtype", type=click.Choice(["float32", "float16"]), help="Type of the ONNX weights. [default: the base's]"
@@ -84,13 +86,6 @@ def main(
         raise click.UsageError("--format transformers needs --merge: a checkpoint holds one set of weights")
     if format_ == "transformers" and dtype:
         raise click.UsageError("--dtype is for ONNX; a merged checkpoint keeps the types of the base")
-    if format_ == "tensorrt":
-        from ..errors import UnsupportedError
-
-        raise UnsupportedError(
-            "TensorRT engines come with a later version; export with --format onnx, and build a merged model's engine "
-            f"with: trtexec --onnx={output}/model.onnx --saveEngine=model.engine"
-        )
     from ..files import refuse_existing
 
     refuse_existing(output)
@@ -107,10 +102,15 @@ def main(
             bundle = export_merged(model, next(iter(named.values())), output, dtype=dtype)
         else:
             bundle = export_multi(model, named, output, dtype=dtype)
+    if format_ == "tensorrt":
+        from ..build import build_engine
+
+        with busy("building"):
+            build_engine(bundle, report=lambda line: click.echo(line, err=True))
     _report(
         {
             "output": str(output),
-            "format": "onnx",
+            "format": format_,
             "kind": bundle.kind,
             "task": bundle.task,
             "dtype": bundle.dtype,
@@ -157,5 +157,5 @@ def _report(result: dict[str, object], as_json: bool) -> None:
     click.echo(f"wrote {result['output']} ({int(str(result['bytes'])) / 1e6:.1f} MB{detail})")
 
 
-for _command in (project, inspect, verify, run):
+for _command in (project, inspect, verify, build, run, doctor):
     main.add_command(_command)

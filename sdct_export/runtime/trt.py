@@ -23,16 +23,16 @@ import numpy as np
 from ..adapter import Array
 from ..build import (
     ENGINE_FILE,
+    PLUGIN,
     PLUGIN_EMBEDDED,
-    PLUGIN_FILE,
     PLUGIN_LIBRARY,
     EngineManifest,
     Log,
     load_plugin,
-    plugin_library,
 )
 from ..bundle import Bundle, file_sha256
 from ..errors import AdapterFormatError, ConfigError, SdctError, UnsupportedError
+from ..native import find_library
 
 MAX_CONTEXTS = 8  # each holds the engine's activations once
 
@@ -237,9 +237,9 @@ class TrtBackend:
 
     def _load(self, trt: Any, path: Path) -> Any:
         if self._manifest.plugin == PLUGIN_LIBRARY:
-            library = plugin_library()
+            library = find_library(PLUGIN)
             if library is None:
-                raise UnsupportedError(f"{path} needs the plugin library {PLUGIN_FILE}; see docs/tensorrt.md")
+                raise UnsupportedError(f"{path} needs the plugin library {PLUGIN}; see docs/tensorrt.md")
             load_plugin(trt, library)
         try:
             self._runtime = trt.Runtime(self._log.logger)

@@ -1,0 +1,116 @@
+"""What is installed here, what works, and what to install for the rest. Imports nothing heavy but ONNX Runtime."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import platform
+import sys
+from collections.abc import Callable
+from importlib import metadata
+
+from . import __version__
+from .errors import SdctError
+from .native import find_library, operator_library
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One part: `ok`, `missing` or `broken`, what was found, and what to do where it is not ok."""
+
+    part: str
+    state: str
+    detail: str
+    advice: str = ""
+
+
+def examine() -> list[Finding]:
+    """Every part the package can use, the ones it always needs first. Never raises."""
+    needed = "pip install --force-reinstall sdct_export"
+    findings = [
+        Finding("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        Finding("sdct_export", "ok", __version__),
+        _package("numpy", needed),
+        _package("safetensors", needed),
+        _package("torch", f"{needed} (to train, merge and export)"),
+        _package("transformers", f"{needed} (to train, merge and export)"),
+        _package("onnx", f"{needed} (to export and to prepare engines)"),
+        _guarded("onnxruntime", _onnxruntime, "pip install onnxruntime-gpu (or onnxruntime without a GPU)"),
+        _guarded(
+            "operator library",
+            _operator,
+            "optional, makes adapters faster on ONNX Runtime: install the package again where a C++ compiler is found",
+        ),
+        _guarded("CUDA driver", _driver, "optional, for a GPU: install NVIDIA's driver, then check with nvidia-smi"),
+        _package("cuda-bindings", "optional, for TensorRT: pip install 'sdct_export[tensorrt]'"),
+        _package("tensorrt", "optional, to build and run engines: pip install 'sdct_export[tensorrt]'"),
+        _guarded(
+            "plugin library",
+            _plugin,
+            "optional, for multi-adapter engines: build it with CMake and TensorRT's headers (docs/tensorrt.md)",
+        ),
+    ]
+    return findings
+
+
+def _package(name: str, advice: str) -> Finding:
+    try:
+        return Finding(name, "ok", metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Finding(name, "missing", "not installed", advice)
+
+
+def _guarded(part: str, look: Callable[[], str | None], advice: str) -> Finding:
+    """What `look` finds; None says the part is missing, an error that it is broken."""
+    try:
+        detail = look()
+    except SdctError as error:
+        return Finding(part, "broken", str(error), advice)
+    except Exception as error:  # a part of someone else, which may fail in any way when it is looked at
+        return Finding(part, "broken", f"{type(error).__name__}: {error}", advice)
+    return Finding(part, "missing", "not found", advice) if detail is None else Finding(part, "ok", detail)
+
+
+def _onnxruntime() -> str | None:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        return None
+    providers = ", ".join(p.removesuffix("ExecutionProvider") for p in onnxruntime.get_available_providers())
+    return f"{onnxruntime.__version__} with {providers}"
+
+
+def _operator() -> str | None:
+    path = operator_library()
+    return None if path is None else str(path)
+
+
+def _plugin() -> str | None:
+    path = find_library("sdct_tensorrt")
+    if path is None:
+        return None
+    version = ctypes.CDLL(str(path)).sdct_tensorrt_version()
+    return f"{path} for TensorRT {version // 10000}.{version // 100 % 100}"
+
+
+def _driver() -> str | None:
+    """Version of the CUDA driver and the devices it knows."""
+    try:
+        cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+    version, count = ctypes.c_int(), ctypes.c_int()
+    for status in (
+        cuda.cuInit(0),
+        cuda.cuDriverGetVersion(ctypes.byref(version)),
+        cuda.cuDeviceGetCount(ctypes.byref(count)),
+    ):
+        if status:
+            raise RuntimeError(f"the driver answers with error {status}")
+    names = []
+    for index in range(count.value):
+        name, device = ctypes.create_string_buffer(256), ctypes.c_int()
+        cuda.cuDeviceGet(ctypes.byref(device), index)
+        cuda.cuDeviceGetName(name, len(name), device)
+        names.append(name.value.decode(errors="replace"))
+    return f"CUDA {version.value // 1000}.{version.value % 1000 // 10}, {', '.join(names) or 'no device'}"

@@ -25,7 +25,7 @@ from .config import PEFT_TYPE, TASK_TYPES
 from .errors import AdapterFormatError, BaseMismatchError, UnsupportedError
 from .spectrum import dct
 
-BAND = 4 << 20  # elements transformed at a time
+BAND, COLUMNS = 1 << 18, 64  # elements transformed at a time (they fit a cache), and at least so many columns
 _PREFIX = "base_model.model."
 # PEFT settings under which `dW = scaling * B A` holds; where another one is set, PEFT itself does the merge
 _PLAIN_LORA = {
@@ -183,7 +183,7 @@ def weight_spectrum(weight: Tensor, minus: Tensor | None = None) -> Tensor:
     for at in range(0, d_out, step):
         band = weight[at : at + step].double()
         out[at : at + step] = dct(band if minus is None else band - minus[at : at + step].double())
-    step = max(1, BAND // d_out)
+    step = max(COLUMNS, BAND // d_out)
     for at in range(0, d_in, step):
         out[:, at : at + step] = dct(out[:, at : at + step].double(), dim=0)
     return out

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -39,7 +40,7 @@ from .errors import BaseMismatchError, ConfigError, UnsupportedError
 from .files import new_folder
 from .spectrum import idct
 
-COLUMN_BAND = 4 << 20  # elements of dW formed at a time
+BAND, COLUMNS = 1 << 18, 64  # elements of dW formed at a time (they fit a cache), and at least so many columns
 # weights of the unmerged base in other formats, which must not travel beside the merged ones
 _OTHER_WEIGHTS = {".bin", ".ckpt", ".data", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth", ".safetensors"}
 
@@ -132,19 +133,19 @@ def add_delta(weight: Tensor, entries: SdctEntries, scaling: float, *, label: st
     half[torch.from_numpy(row_of.reshape(-1)), torch.from_numpy(entries.indices[:, 1].astype(np.int64))] = (
         torch.from_numpy(entries.values.astype(np.float64) * scaling)
     )
-    step = max(1, COLUMN_BAND // d_in)
+    step = max(1, BAND // d_in)
     for at in range(0, len(rows), step):
         half[at : at + step] = idct(half[at : at + step])
     places = torch.from_numpy(rows.astype(np.int64))
-    step = max(1, COLUMN_BAND // d_out)
+    step = max(COLUMNS, BAND // d_out)
     for at in range(0, d_in, step):
         band = weight[:, at : at + step]
         spectrum = torch.zeros(band.shape[1], d_out, dtype=torch.float64)
         spectrum[:, places] = half[:, at : at + step].T
-        total = band.to("cpu", torch.float64) + idct(spectrum).T
-        if not torch.isfinite(total).all():
-            raise BaseMismatchError(f"the base weight of {label} holds NaN or infinite values; use an intact base")
+        total = idct(spectrum).T.add_(band.to("cpu", torch.float64))
         merged = round_once(total, weight.dtype)
+        if not _finite(merged) and not _finite(total):
+            raise BaseMismatchError(f"the base weight of {label} holds NaN or infinite values; use an intact base")
         _check_range(merged, label)
         band.copy_(merged)
 
@@ -152,16 +153,18 @@ def add_delta(weight: Tensor, entries: SdctEntries, scaling: float, *, label: st
 def round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A float64 tensor in `dtype`, rounded to nearest even once.
 
-    torch converts float64 to half types through float32, which rounds twice. Here the step through float32 truncates
-    and keeps a sticky last bit (round to odd), after which the second rounding is exact.
+    torch converts float64 to half types through float32, which rounds twice. That goes wrong only where float32 lands
+    halfway between two halves; there the step through float32 truncates and keeps a sticky last bit (round to odd).
     """
-    if dtype not in (torch.float16, torch.bfloat16):
-        return x.to(dtype)
-    near = x.float()
-    back = near.double()
+    near = x.to(dtype if dtype not in (torch.float16, torch.bfloat16) else torch.float32)
+    if near.dtype == dtype:
+        return near
     bits = near.view(torch.int32)
-    bits -= (back.abs() > x.abs()).int()  # nearest went away from zero: one step back, whatever the sign
-    bits |= (back != x).int()
+    low = 0xFFF if dtype == torch.float16 else 0x7FFF  # bits below the halfway bit; higher ones vary for subnormals
+    halfway = torch.nonzero((bits & low) == 0, as_tuple=True)
+    exact, rounded, odd = x[halfway], near[halfway].double(), bits[halfway]
+    odd -= (rounded.abs() > exact.abs()).int()  # nearest went away from zero: one step back, whatever the sign
+    bits[halfway] = odd | (rounded != exact).int()
     return near.to(dtype)
 
 
@@ -346,11 +349,16 @@ def _replaced(name: str, parameter: Tensor, array: Array, scale: float) -> Tenso
 
 
 def _check_range(merged: Tensor, label: str) -> None:
-    if not torch.isfinite(merged).all():
+    if not _finite(merged):
         raise UnsupportedError(
             f"merging into {label} gives values beyond the range of {str(merged.dtype).removeprefix('torch.')}; "
             "use a bfloat16 or float32 copy of the base"
         )
+
+
+def _finite(x: Tensor) -> bool:
+    """Whether all of `x` is finite, in one pass: NaN and infinities survive a sum, and no sum of weights overflows."""
+    return math.isfinite(float(x.sum(dtype=torch.float64)))
 
 
 def _check_dtype(name: str, parameter: Tensor) -> None:

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from .adapter import DTYPE_NAMES, VALUE_DTYPES, Array, SdctAdapter, SdctEntries, base_hash
 from .base import to_numpy
-from .changes import BAND, Change, from_peft, from_tuned, read_weight, weight_spectrum
+from .changes import Change, from_peft, from_tuned, read_weight, weight_spectrum
 from .checkpoint import FLOATS, Checkpoint, progress_bar
 from .config import SdctConfig
 from .errors import BaseMismatchError, ConfigError
 from .selection import select
+
+SEARCHED = 4 << 20  # coefficients searched at a time for the largest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,8 +259,8 @@ def _largest(spectrum: Tensor, n: int) -> Array:
     """Flat places of the `n` largest magnitudes, ascending; a band at a time."""
     flat = spectrum.reshape(-1)
     places = torch.empty(0, dtype=torch.int64)
-    for at in range(0, flat.numel(), BAND):
-        part = flat[at : at + BAND].abs()
+    for at in range(0, flat.numel(), SEARCHED):
+        part = flat[at : at + SEARCHED].abs()
         places = torch.cat([places, torch.topk(part, min(n, part.numel()), sorted=False).indices + at])
         places = places[torch.topk(flat[places].abs(), min(n, places.numel()), sorted=False).indices]
     return places.sort().values.numpy()

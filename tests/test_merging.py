@@ -122,7 +122,8 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_merge_equals_the_dense_reference_and_unmerge_restores_every_bit(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdct_export.merging.COLUMN_BAND", 100)  # many bands in each of these small matrices
+    monkeypatch.setattr("sdct_export.merging.BAND", 100)  # many bands in each of these small matrices
+    monkeypatch.setattr("sdct_export.merging.COLUMNS", 5)
     model, task = make_model(family)
     adapter = make_adapter(model, FAMILIES[family][2], task)
     before = state(model)

@@ -231,40 +231,44 @@ def _changed(
     columns = op("Reshape", op("Transpose", x3, perm=[2, 0, 1]), op.shape(group.d_in, -1))
     spectrum = op(DCT_OP_TYPE, columns, domain=DOMAIN, overload=str(group.d_in))
     spectrum = op("Reshape", spectrum, op.shape(-1, tokens))  # [frequency * batch, tokens]
-    batch32 = op("Cast", batch, to=INT32)
+    batch32, tokens32, size = op("Cast", batch, to=INT32), op("Cast", tokens, to=INT32), op("Mul", batch, tokens)
     zero, one = op.const(0, np.int32), op.const(1, np.int32)
     row_of_batch = op("Reshape", op("Range", zero, op("Squeeze", batch32), one), op.shape(-1, 1, 1))
-    token = op("Range", zero, op("Squeeze", op("Cast", tokens, to=INT32)), one)
+    token = op("Range", zero, op("Squeeze", tokens32), one)
     value = op("Mul", op("Gather", values, ids, axis=0), op("Unsqueeze", scales, op.const([2])))  # [batch, k, n]
     index = op("Gather", indices, ids, axis=0)  # [batch, k, n, 2]
     row, col = op("Gather", index, op.const(0), axis=3), op("Gather", index, op.const(1), axis=3)
     active = op("Greater", op("ReduceMax", ids, op.const([1]), keepdims=1), zero)
     active = op("Unsqueeze", active, op.const([2]))
 
-    def flat(frequency: ir.Value, length: int) -> Any:
+    def row_in(frequency: ir.Value, length: int) -> Any:
         """Row of a frequency in `[frequency * batch, tokens]`, for each entry of each batch row."""
         place = op(PLACE_OP_TYPE, frequency, domain=DOMAIN, overload=str(length))
         return op("Add", op("Mul", place, batch32), row_of_batch)
 
-    source = flat(col, group.d_in)
+    def split(entries: ir.Value) -> Any:
+        """`[batch, k, n]` -> `[batch, k, capacity_j]` of each projection."""
+        if len(ys) == 1:
+            return [entries]
+        return op("Split", entries, op.const(group.capacity), outputs=len(ys), axis=2)
+
+    source = row_in(col, group.d_in)
+    if len(set(group.d_out)) == 1:
+        targets = split(row_in(row, group.d_out[0]))
+    else:
+        targets = [row_in(own, d_out) for own, d_out in zip(split(row), group.d_out, strict=True)]
     outputs = []
-    start = 0
-    for y, d_out, capacity in zip(ys, group.d_out, group.capacity, strict=True):
-        own_value, own_source, own_row = value, source, row
-        if len(ys) > 1:
-            bounds = op.const([start]), op.const([start + capacity]), op.const([2])
-            own_value, own_source, own_row = (op("Slice", part, *bounds) for part in (value, source, row))
-        start += capacity
+    for y, d_out, own_value, own_source, target in zip(
+        ys, group.d_out, split(value), split(source), targets, strict=True
+    ):
         update = op("Mul", op("Gather", spectrum, own_source, axis=0), op("Unsqueeze", own_value, op.const([3])))
-        target = op("Mul", flat(own_row, d_out), op("Cast", tokens, to=INT32))
-        target = op("Add", op("Unsqueeze", target, op.const([3])), token)  # [batch, k, capacity, tokens]
+        element = op("Add", op("Unsqueeze", op("Mul", target, tokens32), op.const([3])), token)
         rows = _spectrum_rows(d_out)
-        zeros = op("ConstantOfShape", op("Mul", op("Mul", batch, tokens), op.const([rows])))
-        flattened = op("Reshape", target, op.shape(-1)), op("Reshape", update, op.shape(-1))
+        zeros = op("ConstantOfShape", op("Mul", size, op.const([rows])))
+        flattened = op("Reshape", element, op.shape(-1)), op("Reshape", update, op.shape(-1))
         change = op("ScatterElements", zeros, *flattened, axis=0, reduction="add")
         change = op(IDCT_OP_TYPE, op("Reshape", change, op.shape(rows, -1)), domain=DOMAIN, overload=str(d_out))
-        change = op("Reshape", change, op.shape(d_out, batch, tokens))
-        change = op("Transpose", change, perm=[1, 2, 0])
+        change = op("Transpose", op("Reshape", change, op.shape(d_out, batch, tokens)), perm=[1, 2, 0])
         y3 = op("Reshape", y, op.shape(batch, -1, d_out))
         total = _from_float(op, op("Add", _as_float(op, y3, dtype), change), dtype)
         outputs.append(op("Reshape", op("Where", active, total, y3), op("Shape", y)))

@@ -338,8 +338,25 @@ def test_the_model_looks_like_its_base() -> None:
     assert model.config is base.config
     want = base.generate(IDS, max_new_tokens=4, do_sample=False)
     assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False), want)
+    with pytest.raises(ConfigError, match="save_adapter"):
+        model.save_pretrained("anywhere")
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = model.no_such_thing
+
+
+def test_only_scaling_times_learning_rate_matters_to_adam() -> None:
+    """docs/training.md claims it: a power of two moves from one to the other without changing a single step."""
+    results = []
+    for scaling, rate in ((1.0, 3e-2), (16.0, 3e-2 / 16), (16.0, 3e-2)):
+        model = get_sdct_model(classifier(), config(scaling=scaling, modules_to_save=None)).eval()
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], rate, eps=0.0)
+        for _ in range(5):
+            model(input_ids=IDS, labels=torch.tensor([1, 3])).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(model(input_ids=IDS).logits.detach())
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    assert (results[2] - results[0]).abs().max() > 0.1
 
 
 def test_copies_and_pickles_are_independent_and_equal() -> None:

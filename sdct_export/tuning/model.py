@@ -186,6 +186,13 @@ class SdctModel(nn.Module):
         """Write adapter `adapter_name` as the new folder `path`. Raises as `adapter`, and `OutputError`."""
         self.adapter(adapter_name, dtype=dtype).save(path)
 
+    def save_pretrained(self, *_: object, **__: object) -> None:
+        """Refuse what the base would do under this name: write itself with the adapters' tensors mixed in."""
+        raise ConfigError(
+            "save_pretrained would mix the adapter into the base's files; call save_adapter(path) for the adapter, or "
+            "sdct_export.merge_checkpoint(base_path, adapter, output_path) for a merged checkpoint"
+        )
+
     def merge(self) -> None:
         """Add the active adapter into the base's weights and heads, so that the forward costs what the base costs."""
         from ..merging import merge

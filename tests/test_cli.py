@@ -85,13 +85,6 @@ def test_export_options_are_checked_before_any_work(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("merge", [["--merge"], []])
-def test_tensorrt_is_refused_plainly(tmp_path: Path, merge: list[str]) -> None:
-    message = fails(*merge, "--format", "tensorrt", "--model", "m", "--adapter", "a", "--output", tmp_path / "x")
-    assert "TensorRT engines come with a later version" in message
-    assert "trtexec --onnx=" in message
-
-
 @pytest.mark.parametrize("name", ["a/b", "a.b", " a", "", ".."])
 def test_adapter_names_that_are_not_allowed(tmp_path: Path, name: str) -> None:
     out = ["--model", "m", "--output", tmp_path / "out"]

@@ -24,7 +24,7 @@ from sdct_export import SdctAdapter, SdctConfig, get_sdct_model
 from sdct_export.cli import main
 from sdct_export.cli.output import printable
 
-COMMANDS = ("project", "inspect", "verify", "run")
+COMMANDS = ("project", "inspect", "verify", "build", "run", "doctor")
 
 
 def invoke(*args: object, code: int = 0) -> Result:

@@ -23,17 +23,17 @@ ENGINE = b"engine of "  # followed by the path of the ONNX file that says what i
 class Cuda(types.ModuleType):
     """`cuda.bindings.runtime`."""
 
-    class cudaError_t(enum.IntEnum):  # noqa: N801
+    class cudaError_t(enum.IntEnum):
         cudaSuccess = 0
         cudaErrorMemoryAllocation = 2
         cudaErrorInvalidValue = 1
 
-    cudaMemcpyKind = types.SimpleNamespace(  # noqa: N815
+    cudaMemcpyKind = types.SimpleNamespace(
         cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3
     )
-    cudaStreamCaptureMode = types.SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)  # noqa: N815
-    cudaStreamNonBlocking = 1  # noqa: N815
-    cudaEventDisableTiming = 2  # noqa: N815
+    cudaStreamCaptureMode = types.SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+    cudaStreamNonBlocking = 1
+    cudaEventDisableTiming = 2
 
     def __init__(self) -> None:
         super().__init__("cuda.bindings.runtime")
@@ -51,10 +51,10 @@ class Cuda(types.ModuleType):
         self.handles += 1
         return self.handles
 
-    def cudaGetDeviceCount(self) -> tuple[Any, ...]:  # noqa: N802
+    def cudaGetDeviceCount(self) -> tuple[Any, ...]:
         return self.cudaError_t.cudaSuccess, 1
 
-    def cudaMalloc(self, nbytes: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaMalloc(self, nbytes: int) -> tuple[Any, ...]:
         if nbytes > self.free_bytes:
             return self.cudaError_t.cudaErrorMemoryAllocation, None
         self.free_bytes -= nbytes
@@ -62,16 +62,16 @@ class Cuda(types.ModuleType):
         self.memory[ctypes.addressof(buffer)] = buffer
         return self.cudaError_t.cudaSuccess, ctypes.addressof(buffer)
 
-    def cudaFree(self, pointer: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaFree(self, pointer: int) -> tuple[Any, ...]:
         self.free_bytes += len(self.memory.pop(pointer))
         return (self.cudaError_t.cudaSuccess,)
 
-    def cudaMemsetAsync(self, pointer: int, value: int, nbytes: int, stream: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaMemsetAsync(self, pointer: int, value: int, nbytes: int, stream: int) -> tuple[Any, ...]:
         self.check(pointer, nbytes)
         ctypes.memset(pointer, value, nbytes)
         return (self.cudaError_t.cudaSuccess,)
 
-    def cudaMemcpyAsync(self, to: int, source: int, nbytes: int, kind: int, stream: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaMemcpyAsync(self, to: int, source: int, nbytes: int, kind: int, stream: int) -> tuple[Any, ...]:
         assert stream not in self.capturing
         for pointer, on_device in ((to, kind in (1, 3)), (source, kind in (2, 3))):
             if on_device:
@@ -79,36 +79,42 @@ class Cuda(types.ModuleType):
         ctypes.memmove(to, source, nbytes)
         return (self.cudaError_t.cudaSuccess,)
 
-    def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple[Any, ...]:
         self.capturing[stream] = []
         return (self.cudaError_t.cudaSuccess,)
 
-    def cudaStreamEndCapture(self, stream: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaStreamEndCapture(self, stream: int) -> tuple[Any, ...]:
         graph = self._handle()
         self.graphs[graph] = self.capturing.pop(stream)
         return self.cudaError_t.cudaSuccess, graph
 
-    def cudaGraphInstantiate(self, graph: int, flags: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaGraphInstantiate(self, graph: int, flags: int) -> tuple[Any, ...]:
         executable = self._handle()
         self.graphs[executable] = self.graphs[graph]
         return self.cudaError_t.cudaSuccess, executable
 
-    def cudaGraphLaunch(self, graph: int, stream: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaGraphLaunch(self, graph: int, stream: int) -> tuple[Any, ...]:
         self.calls.append("launch")
         for work in self.graphs[graph]:
             work()
         return (self.cudaError_t.cudaSuccess,)
 
-    def cudaGraphExecDestroy(self, graph: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaGraphExecDestroy(self, graph: int) -> tuple[Any, ...]:
         del self.graphs[graph]
         return (self.cudaError_t.cudaSuccess,)
 
-    cudaGraphDestroy = cudaGraphExecDestroy  # noqa: N815
+    cudaGraphDestroy = cudaGraphExecDestroy
 
     def __getattr__(self, name: str) -> Any:
         if name in ("cudaStreamCreateWithFlags", "cudaEventCreateWithFlags"):
             return lambda flags: (self.cudaError_t.cudaSuccess, self._handle())
-        if name in ("cudaSetDevice", "cudaEventRecord", "cudaStreamWaitEvent", "cudaStreamSynchronize", "cudaGetLastError"):
+        if name in (
+            "cudaSetDevice",
+            "cudaEventRecord",
+            "cudaStreamWaitEvent",
+            "cudaStreamSynchronize",
+            "cudaGetLastError",
+        ):
             return lambda *arguments: (self.cudaError_t.cudaSuccess,)
         raise AttributeError(name)
 

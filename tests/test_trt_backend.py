@@ -27,9 +27,7 @@ def write_engine(path: Path, trt: Any, *, profile: Profile | None = None, **chan
     engine = path / ENGINE_FILE
     engine.write_bytes(fake_tensorrt.ENGINE + str(bundle.model_path).encode())
     shapes = profile_shapes(bundle, profile or Profile())
-    manifest = EngineManifest(
-        bundle.model_sha256, file_sha256(engine), trt.__version__, PLUGIN_EMBEDDED, True, shapes
-    )
+    manifest = EngineManifest(bundle.model_sha256, file_sha256(engine), trt.__version__, PLUGIN_EMBEDDED, True, shapes)
     dataclasses.replace(manifest, **changes).write(engine)
     return bundle
 
@@ -149,7 +147,7 @@ def test_sizes_outside_the_profile_are_refused_and_harm_nothing(path: Path, trt:
         (make_inputs(0, 1, sequence=7), None),
         (make_inputs(0, 1), [{"a": 1.0, "b": 1.0}]),
     ]:
-        with pytest.raises(ConfigError, match="the engine takes .* to .*; split the batch, or build the engine"):
+        with pytest.raises(ConfigError, match=r"the engine takes .* to .*; split the batch, or build the engine"):
             model.run(inputs, rows)
     inputs = make_inputs(1, 2)
     close(model.run(inputs, "a"), inputs, [{"a": 1.0}] * 2)
@@ -196,7 +194,7 @@ def test_what_does_not_fit_is_refused(path: Path, trt: Any, monkeypatch: pytest.
     engine.write_bytes(b"something else")
     manifest = EngineManifest.load(engine)
     dataclasses.replace(manifest, engine_sha256=file_sha256(engine)).write(engine)
-    with pytest.raises(AdapterFormatError, match="cannot load it here .magic tag does not match.; build the engine"):
+    with pytest.raises(AdapterFormatError, match=r"cannot load it here .magic tag does not match.; build the engine"):
         MultiAdapterModel(path, backend="tensorrt")
     with pytest.raises(UnsupportedError, match="no CUDA device 3"):
         MultiAdapterModel(path, backend="tensorrt", device="cuda:3")

@@ -408,6 +408,10 @@ def base(tmp_path: Path) -> tuple[Path, SdctAdapter]:
     return tmp_path / "base", hashed(make_adapter(model, r".*query", task), model)
 
 
+def load_files(folder: Path) -> dict[str, torch.Tensor]:
+    return {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
+
+
 def damage(folder: Path, how: str) -> None:
     shard = sorted(folder.glob("*.safetensors"))[1]
     index = folder / "model.safetensors.index.json"
@@ -510,6 +514,41 @@ def test_bases_that_cannot_be_merged_say_why(base: tuple[Path, SdctAdapter], tmp
         merge_checkpoint(quantized, dataclasses.replace(adapter, base_hash=None), out)
     assert not out.exists()
     assert task == "SEQ_CLS"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden_size": "abc"},
+        {"num_attention_heads": 5},
+        {"model_type": "nope"},
+        {"model_type": "t5"},
+        {"num_hidden_layers": 1},
+        {"id2label": [1]},
+        {"dtype": "weird"},
+        {"vocab_size": None},
+    ],
+)
+def test_damaged_configurations(fields: dict[str, Any], base: tuple[Path, SdctAdapter]) -> None:
+    folder, adapter = base
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    with pytest.raises(BaseMismatchError):
+        merge_checkpoint(folder, adapter, folder.parent / "out")
+    assert [p.name for p in folder.parent.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("names", [5, [], ["os"], ["pipeline"], ["NoSuchModel"]])
+def test_an_unusable_class_name_falls_back_to_the_plain_model(names: Any, base: tuple[Path, SdctAdapter]) -> None:
+    folder, adapter = base
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": names}))
+    adapter = dataclasses.replace(adapter, config=dataclasses.replace(adapter.config, task_type=None))
+    merge_checkpoint(folder, adapter, folder.parent / "out")
+    before, after = load_files(folder), load_files(folder.parent / "out")
+    assert {key for key in before if not torch.equal(before[key], after[key])} == {
+        f"{p}.weight" for p in adapter.modules
+    }
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

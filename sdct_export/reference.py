@@ -20,31 +20,34 @@ Parts = Sequence[tuple[SdctAdapter, float]]
 
 @contextlib.contextmanager
 def adapted(model: nn.Module, parts: Parts) -> Iterator[nn.Module]:
-    """`model` with `parts` (adapter, scale) in its weights; leaving the block restores every bit."""
-    targets: dict[str, Tensor] = {}
-    biases: dict[str, Tensor] = {}  # of modules that have none of their own
+    """`model` with `parts` (adapter, scale) in the weights of the modules they name, its own parameters back afterwards.
+
+    A weight tied to another module's stays as it is there.
+    """
+    changes: dict[str, Tensor] = {}
     for path in {path for adapter, _ in parts for path in adapter.modules}:
-        targets[f"{path}.weight"] = _change_of_module(model, path, parts)
+        changes[f"{path}.weight"] = _change_of_module(model, path, parts)
     for name in {name for adapter, _ in parts for name in adapter.saved}:
-        parameter = model.get_parameter(name)
-        targets[name] = targets.get(name, 0) + _change_of_saved(parameter, name, parts)
-        path = name.removesuffix(".weight")
-        if path != name and getattr(model.get_submodule(path), "bias", None) is None:
-            biases[path] = _missing_bias(parameter, name, parts)
-    originals = {name: model.get_parameter(name).detach().clone() for name in targets}
+        changes[name] = changes.get(name, 0) + _change_of_saved(model.get_parameter(name), name, parts)
+    replaced: list[tuple[nn.Module, str, nn.Parameter | None]] = []
+
+    def replace(name: str, value: Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        replaced.append((module, leaf, getattr(module, leaf)))
+        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+
     try:
-        with torch.no_grad():
-            for name, change in targets.items():
-                model.get_parameter(name).copy_(originals[name].double() + change)
-        for path, bias in biases.items():
-            model.get_submodule(path).bias = nn.Parameter(bias, requires_grad=False)
+        for name, change in changes.items():
+            before = model.get_parameter(name)
+            replace(name, (before.detach().double() + change).to(before.dtype))
+            path = name.removesuffix(".weight")
+            if path != name and getattr(model.get_submodule(path), "bias", None) is None:
+                replace(f"{path}.bias", _missing_bias(before, name, parts))
         yield model
     finally:
-        with torch.no_grad():
-            for name, value in originals.items():
-                model.get_parameter(name).copy_(value)
-        for path in biases:
-            model.get_submodule(path).bias = None
+        for module, leaf, parameter in replaced:
+            setattr(module, leaf, parameter)
 
 
 def run_rows(

@@ -179,7 +179,8 @@ def torch_rows(
 def edited(model: nn.Module, row: Row, adapters: Mapping[str, SdctAdapter]) -> nn.Module:
     """A copy of `model` with `W + sum_k s_k dW_k`, and `(1 - sum_k s_k) W + sum_k s_k W_k` for saved parameters."""
     copied = copy.deepcopy(model)
-    base = {name: parameter.detach().double().numpy() for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    base = {name: parameter.detach().double().numpy() for name, parameter in parameters.items()}
     change = {name: np.zeros_like(value) for name, value in base.items()}
     for name, scale in row.items():
         adapter = adapters[name]
@@ -195,9 +196,11 @@ def edited(model: nn.Module, row: Row, adapters: Mapping[str, SdctAdapter]) -> n
                 own += np.finfo(np.float32).min / 2
             own[: len(saved)] = saved
             change[parameter] += scale * (own - base[parameter])
-    with torch.no_grad():
-        for name, parameter in copied.named_parameters():
-            parameter.copy_(torch.from_numpy(base[name] + change[name]))
+    for name, delta in change.items():
+        if delta.any():  # a new parameter, so that a weight tied to it elsewhere stays
+            path, _, leaf = name.rpartition(".")
+            value = torch.from_numpy(base[name] + delta).to(parameters[name].dtype)
+            setattr(copied.get_submodule(path), leaf, nn.Parameter(value))
     return copied
 
 

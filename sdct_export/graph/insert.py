@@ -100,11 +100,11 @@ class InsertAdapters(ir.passes.InPlacePass):
         group = Group(group_name(modules), modules, d_in, d_out, capacity)
         values = _input(graph, values_name(group.name), FLOAT, [SLOTS, sum(capacity)])
         indices = _input(graph, indices_name(group.name), INT32, [SLOTS, sum(capacity), 2])
-        dtype = sites[0].y.dtype
+        dtype = sites[0].sum.dtype
         assert dtype is not None
         for function in functions_for(group, dtype, graph.opset_imports[""]):
             model.functions.setdefault(function.identifier(), function)
-        ys = [site.y for site in sites]
+        ys = [site.sum for site in sites]
         outputs = [
             ir.Value(name=f"sdct.{site.module}.output", type=y.type, shape=y.shape)
             for site, y in zip(sites, ys, strict=True)
@@ -133,7 +133,7 @@ class InsertAdapters(ir.passes.InPlacePass):
         output = head_body(ops, head, dtype, site.x, ids, scales, weight, bias, present, site.y)
         output.type, output.shape = site.y.type, site.y.shape
         _splice(graph, [site.y], [output], ops.nodes)
-        site.y = output
+        site.y = site.sum = output
         self.heads.append(head)
 
 

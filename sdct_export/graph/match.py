@@ -21,11 +21,17 @@ _PASSED_THROUGH = ("Reshape", "Cast", "Identity", "Flatten")  # may stand betwee
 
 @dataclasses.dataclass
 class Site:
-    """A linear layer in the graph: `y = x W^T (+ b)`, with `x [..., d_in]` entering the module and `y [..., d_out]` leaving it."""
+    """A linear layer in the graph, `y = x W^T (+ b)`: `x [..., d_in]` enters the module, `y [..., d_out]` leaves it.
+
+    `sum` is `x W^T` before a separate bias addition, else the same value as `y`. A weight change is best added there: the
+    runtime then still fuses the bias with what follows (BiasGelu, SkipLayerNormalization) just as in the base graph, and
+    only so do base rows keep their last bit.
+    """
 
     module: str
     x: ir.Value
     y: ir.Value
+    sum: ir.Value
 
 
 def match_linears(graph: ir.Graph, modules: Collection[str]) -> dict[str, Site]:
@@ -81,7 +87,7 @@ def _site(module: str, product: ir.Node, members: set[ir.Node]) -> Site:
     while (producer := x.producer()) in members and producer.op_type in _PASSED_THROUGH:  # type: ignore[union-attr]
         x = producer.inputs[0]  # type: ignore[union-attr]
         assert x is not None
-    y = product.outputs[0]
+    y = total = product.outputs[0]
     while not y.is_graph_output():
         followers = {use.node for use in y.uses() if use.node in members and use.node.op_type != "Shape"}
         if len(followers) != 1:
@@ -89,8 +95,10 @@ def _site(module: str, product: ir.Node, members: set[ir.Node]) -> Site:
         follower = followers.pop()
         if not (follower.op_type in _PASSED_THROUGH or _adds_constant(follower)):
             break
+        if total is y and not _adds_constant(follower):
+            total = follower.outputs[0]
         y = follower.outputs[0]
-    return Site(module, x, y)
+    return Site(module, x, y, total)
 
 
 def _adds_constant(node: ir.Node) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 from .adapter import Array
 from .adapter_io import read_safetensors
 from .base import find_linear, is_conv1d, linear_shape, linear_weight, load_base, to_numpy
-from .checkpoint import FLOATS, Checkpoint, Structure, read_json, structure_for, tied_parameters
+from .checkpoint import CONFIG_FILE, FLOATS, Checkpoint, Structure, read_json, structure_for, tied_parameters
 from .config import PEFT_TYPE, TASK_TYPES
 from .errors import AdapterFormatError, BaseMismatchError, UnsupportedError
 from .spectrum import dct
@@ -123,7 +123,8 @@ def from_tuned(base: Checkpoint, tuned: Checkpoint, saves: Callable[[str], bool]
     Raises:
         BaseMismatchError: a checkpoint is damaged, or the two do not belong together.
     """
-    task = _task_of((read_json(tuned.folder / "config.json").get("architectures") or [None])[0])
+    names = read_json(tuned.folder / CONFIG_FILE).get("architectures")
+    task = _task_of(names[0]) if isinstance(names, list) and names else None
     new = Structure(tuned, task)
     labels = new.config.num_labels if task in ("SEQ_CLS", "TOKEN_CLS", "IMAGE_CLS") else None
     old = Structure(base, task, num_labels=labels)
@@ -258,7 +259,7 @@ def _merged_by_peft(base: Checkpoint, folder: Path, task: str | None, structure:
     model = load_base(base.folder, task, dtype=torch.float32, num_labels=labels)
     try:
         tuned = peft.PeftModel.from_pretrained(model, str(folder))
-    except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+    except Exception as error:  # a foreign adapter makes PEFT raise errors of many kinds
         raise BaseMismatchError(f"PEFT cannot apply {folder} to {base.folder}: {error}") from error
     if not isinstance(tuned.base_model, BaseTuner):
         raise UnsupportedError(f"{folder} does not change weights (prompt learning); it cannot be projected")
@@ -278,7 +279,7 @@ def _merged_by_peft(base: Checkpoint, folder: Path, task: str | None, structure:
         before = None if bias is None else bias.detach().clone()
         try:
             layer.merge()
-        except (NotImplementedError, AttributeError, ValueError) as error:
+        except Exception as error:
             raise UnsupportedError(f"{folder}: PEFT cannot merge module {path!r}: {error}") from error
         merged = layer.get_base_layer()
         if before is not None and not torch.equal(merged.bias.detach(), before):

@@ -40,18 +40,22 @@ def load_base(
     """
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
+    logging = transformers.utils.logging
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # missing and mismatched tensors are dealt with below, not in transformers' own table
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         loader = model_class(config, task_type)
         if num_labels is not None and num_labels != config.num_labels:
             config.num_labels = num_labels
-        # a size mismatch is reported below, with what to do, instead of through transformers' own table
         model, info = loader.from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as error:  # a damaged folder makes transformers raise errors of many kinds
         raise BaseMismatchError(f"cannot load a base model from {path}: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     mismatched = list(info["mismatched_keys"])
     if mismatched:
         raise BaseMismatchError(

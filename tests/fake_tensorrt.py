@@ -1,4 +1,4 @@
-"""Stand-ins for `tensorrt` and `cuda.bindings.runtime`: device memory is host memory, an engine runs through ONNX Runtime.
+"""Stand-ins for `tensorrt` and `cuda.bindings.runtime`: device memory is host memory, engines run on ONNX Runtime.
 
 They follow what the real ones do where the backend depends on it: pointers may be used only while allocated, a context
 keeps addresses and shapes, a captured stream runs nothing until its graph is launched, and a graph holds the addresses

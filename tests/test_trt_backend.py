@@ -1,4 +1,4 @@
-"""The TensorRT backend over stand-ins: buffers, slots, contexts and graphs are its own; what the GPU does is in tests/gpu."""
+"""The TensorRT backend over stand-ins: buffers, slots, contexts, graphs. What a GPU does is tested in tests/gpu."""
 
 from __future__ import annotations
 

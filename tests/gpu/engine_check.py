@@ -1,0 +1,159 @@
+"""Build and run real engines on a GPU: `python engine_check.py CASES`, with the cases of make_engine_cases.py.
+
+Needs numpy, ml_dtypes, safetensors, cuda-python and tensorrt (8.5 on; Python 3.10 is enough), and SDCT_LIBRARY_PATH
+with the plugin library. No torch, no pytest. Prints one line a check, exits 1 where one fails.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from sdct_export.adapter import SdctAdapter, SdctEntries
+from sdct_export.build import Profile, build_engine
+from sdct_export.bundle import Bundle
+from sdct_export.config import SdctConfig
+from sdct_export.errors import SdctError
+from sdct_export.runtime import MultiAdapterModel
+
+PLANS = {
+    "base": [None, None, None],
+    "a": ["a", "a", "a"],
+    "mixed": ["a", None, "b"],
+    "blend": [{"a": 0.5, "b": 0.5}, {"b": -1.5}, None],
+    "hot": ["hot", "a", None],
+}
+# of the largest output; TF32 is off. float16 rounds every layer, each runtime in its own places
+TOLERANCE = {"float32": 2e-4, "float16": 3e-2}
+MANY = 2000
+failed = 0
+
+
+def check(what: str, passed: bool, detail: str = "") -> None:
+    global failed
+    failed += not passed
+    print("ok  " if passed else "FAIL", what, detail, flush=True)
+
+
+def same(a: dict, b: dict, rows: object = slice(None)) -> bool:
+    return all(np.array_equal(a[name][rows], b[name][rows]) for name in a)
+
+
+def compare(case: str, plan: str, found: dict, expected: dict, dtype: str) -> None:
+    worst = 0.0
+    for name, array in found.items():
+        want = expected[f"{plan}.{name}"].astype(np.float64)
+        shown = np.abs(want) < 1e4  # label columns an adapter does not have hold a huge negative number
+        worst = max(worst, float(np.abs(array - want)[shown].max() / np.abs(want[shown]).max()))
+    check(f"{case} {plan} equals ONNX Runtime", worst <= TOLERANCE[dtype], f"error {worst:.1e} of the largest output")
+
+
+def random_adapter(bundle: Bundle, seed: int) -> SdctAdapter:
+    rng = np.random.default_rng(seed)
+    modules = {}
+    for group in bundle.groups:
+        for module, d_out, capacity in zip(group.modules, group.d_out, group.capacity, strict=True):
+            flat = rng.choice(d_out * group.d_in, size=capacity, replace=False)
+            indices = np.stack(np.unravel_index(flat, (d_out, group.d_in)), axis=1).astype(np.int32)
+            modules[module] = SdctEntries(rng.normal(size=capacity).astype(np.float32), indices, (d_out, group.d_in))
+    return SdctAdapter(SdctConfig(scaling=0.5), modules)
+
+
+def run_case(folder: Path) -> None:
+    case = folder.name
+    bundle = Bundle.load(folder / "bundle")
+    start = time.perf_counter()
+    build_engine(
+        bundle,
+        profile=Profile(batch=(1, 3, 32), sequence=(1, 6, 16), slots=(2, 256, 2048)),
+        timing_cache=folder.parent / "timings.bin",
+    )
+    print(f"     {case} built in {time.perf_counter() - start:.1f} s")
+    model = MultiAdapterModel(bundle, backend="tensorrt", max_slots=2048)
+    with np.load(folder / "expected.npz") as file:
+        expected = dict(file)
+    inputs = {name.removeprefix("input."): a for name, a in expected.items() if name.startswith("input.")}
+    if bundle.kind == "merged":
+        for _ in range(3):  # as it is, captured, replayed
+            compare(case, "merged", model.run(inputs), expected, bundle.dtype)
+        return
+    base = model.run(inputs)
+    a = model.run(inputs, "a")
+    check(f"{case} the adapter changes the result", not same(a, base))
+    model.load_adapter("hot", folder / "hot")
+    for plan, rows in PLANS.items():
+        compare(case, plan, model.run(inputs, rows), expected, bundle.dtype)
+    mixed = model.run(inputs, PLANS["mixed"])
+    check(f"{case} base rows of a mixed batch are the base's, bit for bit", same(mixed, base, [1]))
+    check(f"{case} rows do not depend on the rows beside them", same(mixed, a, [0]))
+    model.run(inputs, "b")
+    check(f"{case} a, b, a returns to the same bits", same(model.run(inputs, "a"), a))
+    check(f"{case} and to the base's", same(model.run(inputs), base))
+    check_traffic(case, bundle, model, inputs, a)
+    check_many(case, bundle, model, inputs, base)
+
+
+def check_traffic(case: str, bundle: Bundle, model: MultiAdapterModel, inputs: dict, a: dict) -> None:
+    """Adapters come and go while four threads run another one."""
+    wrong: list[object] = []
+    done = threading.Event()
+
+    def client() -> None:
+        try:
+            while not done.is_set():
+                if not same(model.run(inputs, "a"), a):
+                    wrong.append("another result")
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=client) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    times = []
+    for i in range(50):
+        adapter = random_adapter(bundle, i)
+        start = time.perf_counter()
+        model.load_adapter("passing", adapter)
+        times.append(time.perf_counter() - start)
+        model.run(inputs, "passing")
+        model.unload_adapter("passing")
+    done.set()
+    for thread in threads:
+        thread.join()
+    check(f"{case} loading under traffic changes no running request", not wrong, str(wrong[:1]))
+    print(f"     {case} loading an adapter: median {1e3 * float(np.median(times)):.2f} ms")
+
+
+def check_many(case: str, bundle: Bundle, model: MultiAdapterModel, inputs: dict, base: dict) -> None:
+    """2000 adapters in the bank; a row gives the same bits whoever shares its batch."""
+    for i in range(MANY):
+        model.load_adapter(f"n{i}", random_adapter(bundle, 1000 + i))
+    resident = sum(info.slot is not None for info in model.adapters.values())
+    check(f"{case} {MANY} adapters are resident", resident >= MANY)
+    for i in (0, MANY // 2, MANY - 3):
+        names = [f"n{i + j}" for j in range(3)]
+        together = model.run(inputs, names)
+        alone = [model.run(inputs, name) for name in names]
+        check(f"{case} {names} together equal each alone", all(same(together, alone[j], [j]) for j in range(3)))
+    check(f"{case} the base is still the base", same(model.run(inputs), base))
+
+
+def main(folder: Path) -> int:
+    for case in sorted(path.parent for path in folder.glob("*/expected.npz")):
+        try:
+            run_case(case)
+        except (SdctError, AssertionError) as error:
+            traceback.print_exc()
+            check(f"{case.name} runs", False, str(error))
+    print(f"{failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

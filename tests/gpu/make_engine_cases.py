@@ -1,0 +1,79 @@
+"""Prepare what engine_check.py runs on a GPU: `python make_engine_cases.py FOLDER`. Needs torch and onnx, no GPU.
+
+FOLDER/<case>/bundle/         a bundle, with the graphs for old and new TensorRT beside its model
+FOLDER/<case>/hot/            an adapter that is loaded while requests run
+FOLDER/<case>/expected.npz    inputs, and what ONNX Runtime computes on the CPU for each of CASES
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import families
+
+from sdct_export import export_merged, export_multi
+from sdct_export.build import prepare_graph
+from sdct_export.bundle import Bundle
+from sdct_export.runtime import MultiAdapterModel
+
+FAMILIES = ("bert", "llama", "vit")
+BATCH, SEQUENCE = 3, 6
+CASES = {
+    "base": [None, None, None],
+    "a": ["a", "a", "a"],
+    "mixed": ["a", None, "b"],
+    "blend": [{"a": 0.5, "b": 0.5}, {"b": -1.5}, None],
+    "hot": ["hot", "a", None],
+}
+
+
+def make(folder: Path) -> None:
+    """Write every case."""
+    for name in FAMILIES:
+        family = families.FAMILIES[name]
+        model = family.model()
+        adapters = {
+            key: families.random_adapter(family, model, seed, labels=3 if family.saved else None)
+            for seed, key in enumerate(("a", "b", "hot"))
+        }
+        for dtype in ("float32", "float16"):
+            case = folder / f"{name}-{dtype}"
+            shipped = {key: adapters[key] for key in ("a", "b")}
+            export_multi(model, shipped, case / "bundle", task_type=family.task, dtype=dtype)
+            adapters["hot"].save(case / "hot")
+            finish(case, CASES)
+        plain = families.random_adapter(family, model, 7)
+        export_merged(model, plain, folder / f"{name}-merged" / "bundle", task_type=family.task, dtype="float32")
+        finish(folder / f"{name}-merged", {"merged": None})
+
+
+def finish(case: Path, plans: dict[str, object]) -> None:
+    """Prepare the graphs and record what ONNX Runtime computes."""
+    bundle = Bundle.load(case / "bundle")
+    for old in (False, True):
+        prepare_graph(bundle, old=old)
+    model = MultiAdapterModel(bundle)
+    if bundle.kind == "multi":
+        model.load_adapter("hot", case / "hot")
+    rng = np.random.default_rng(11)
+    sizes = {"batch": BATCH, "sequence": SEQUENCE}
+    inputs = {}
+    for spec in bundle.inputs:
+        shape = [d if isinstance(d, int) else sizes[d] for d in spec.shape]
+        whole = np.dtype(spec.dtype).kind == "i"
+        inputs[spec.name] = (
+            np.ones(shape) if "mask" in spec.name else rng.integers(0, 20, shape) if whole else rng.normal(size=shape)
+        ).astype(spec.dtype)
+    arrays = {f"input.{name}": array for name, array in inputs.items()}
+    for plan, rows in plans.items():
+        for name, array in model.run(inputs, rows).items():
+            arrays[f"{plan}.{name}"] = array
+    np.savez(case / "expected.npz", **arrays)
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]))

@@ -1,0 +1,29 @@
+"""TensorRT engines on a GPU: parity, blends, hot loading, bit-exact return, 2000 adapters (see engine_check.py)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdct_export.native import find_library
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.gpu
+def test_engines(tmp_path: Path) -> None:
+    python = os.environ.get("SDCT_TRT_PYTHON")
+    if python is None:
+        if importlib.util.find_spec("tensorrt") is None:
+            pytest.skip("tensorrt is not installed here, and SDCT_TRT_PYTHON names no interpreter that has it")
+        python = sys.executable
+    if find_library("sdct_tensorrt") is None:
+        pytest.skip("the plugin library is not built (set SDCT_LIBRARY_PATH to its folder)")
+    subprocess.run([sys.executable, str(HERE / "make_engine_cases.py"), str(tmp_path)], check=True, timeout=1800)
+    done = subprocess.run([python, str(HERE / "engine_check.py"), str(tmp_path)], text=True, timeout=3600, check=False)
+    assert done.returncode == 0

@@ -321,6 +321,38 @@ def test_a_head_is_added_to_a_base_without_one_and_without_the_prefix(sharded: b
         assert index["metadata"]["total_parameters"] == sum(np.prod(t.shape, dtype=int) for t in stored.values())
 
 
+@pytest.mark.parametrize(
+    ("family", "base_class", "task", "heads"),
+    [
+        ("roberta", "RobertaModel", "SEQ_CLS", ["classifier.dense", "classifier.out_proj"]),
+        ("vit", "ViTModel", "IMAGE_CLS", ["classifier"]),
+        ("llama", "LlamaForCausalLM", "SEQ_CLS", ["score"]),
+        ("qwen2", "Qwen2ForCausalLM", "TOKEN_CLS", ["score"]),
+        ("gpt2", "GPT2LMHeadModel", "SEQ_CLS", ["score"]),
+    ],
+)
+def test_heads_of_every_family_are_added(
+    family: str, base_class: str, task: str, heads: list[str], tmp_path: Path
+) -> None:
+    config = FAMILIES[family][0]
+    torch.manual_seed(1)
+    getattr(transformers, base_class)(config).save_pretrained(tmp_path / "base")
+    model = load_base(tmp_path / "base", task, num_labels=4)
+    rng = np.random.default_rng(0)
+    saved = {
+        name: rng.standard_normal(tuple(parameter.shape)).astype(np.float32)
+        for name, parameter in model.named_parameters()
+        if name.rsplit(".", 1)[0] in heads
+    }
+    adapter = make_adapter(model, FAMILIES[family][2].replace("|lm_head", ""), task, saved=saved)
+    merge_checkpoint(tmp_path / "base", adapter, tmp_path / "out")
+    merge(model, adapter)
+    merged = load_base(tmp_path / "out")
+    assert type(merged) is type(model)
+    assert merged.config.num_labels == 4
+    assert same_bits(state(merged), state(model))
+
+
 def test_a_trained_head_of_another_size_is_replaced(tmp_path: Path) -> None:
     model, _ = make_model("bert", torch.float16)
     model.save_pretrained(tmp_path / "base")

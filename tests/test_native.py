@@ -206,7 +206,7 @@ def test_leading_dimensions_of_x():
     [
         ({"ids": np.array([[0], [4]], np.int32)}, "adapter_ids holds 4; the bank has slots 0 to 3"),
         ({"ids": np.array([[0], [-1]], np.int32)}, "adapter_ids holds -1"),
-        ({"ids": np.zeros((3, 1), np.int32), "scales": np.zeros((3, 1), np.float32)}, "no multiple of the 3 rows"),
+        ({"ids": np.ones((3, 1), np.int32), "scales": np.zeros((3, 1), np.float32)}, "no multiple of the 3 rows"),
         ({"scales": np.zeros((2, 2), np.float32)}, "adapter_scales has shape"),
         ({"indices": np.zeros((3, 10, 2), np.int32)}, "indices has shape"),
         ({"y0": np.zeros((3, 8), np.float32)}, "y_1 has shape"),

@@ -228,8 +228,11 @@ void run_item(void* context, size_t index) {
   }
 }
 
+// Beyond this length vectors of tokens leave the second-level cache, and one token at a time is faster.
+constexpr int32_t kLongestInLanes = 2560;
+
 // Cuts tokens first .. last - 1, all of one row, into items.
-void add_items(const Problem& p, bool can_single, bool in_place, int64_t row, int64_t first, int64_t last,
+void add_items(const Problem& p, bool can_single, bool long_vectors, bool in_place, int64_t row, int64_t first, int64_t last,
                std::vector<Item>* items) {
   bool active = false;
   if (row >= 0 && row < p.rows) {
@@ -248,7 +251,7 @@ void add_items(const Problem& p, bool can_single, bool in_place, int64_t row, in
   const int64_t width = path().width;
   while (first < last) {
     const int64_t count = std::min(width, last - first);
-    if (can_single && count < width / 2) {
+    if (can_single && (long_vectors || count < width / 2)) {
       items->push_back({row, first++, 1, Kind::kSingle});
     } else {
       items->push_back({row, first, count, Kind::kTokens});
@@ -275,21 +278,23 @@ Status cpu_run(const Plan& plan, const Problem& problem, const Parallel* paralle
     args.offset = plan.offset;
     args.in = &plan.cpu_in->view();
     bool can_single = args.in->r2 > 1, in_place = true;
+    int32_t longest = args.in->n;
     for (int32_t j = 0; j < args.projections; ++j) {
       args.out[j] = &plan.cpu_out[j]->view();
       can_single = can_single && args.out[j]->r2 > 1;
+      longest = std::max(longest, args.out[j]->n);
       in_place = in_place && problem.y_in[j] == problem.y_out[j];
     }
     if (problem.token_row) {
       for (int64_t first = 0, last; first < problem.tokens; first = last) {
         const int32_t row = problem.token_row[first];
         for (last = first + 1; last < problem.tokens && problem.token_row[last] == row;) ++last;
-        add_items(problem, can_single, in_place, row, first, last, &work.items);
+        add_items(problem, can_single, longest > kLongestInLanes, in_place, row, first, last, &work.items);
       }
     } else {
       const int64_t each = problem.tokens / problem.rows;
       for (int64_t row = 0; row < problem.rows; ++row) {
-        add_items(problem, can_single, in_place, row, row * each, (row + 1) * each, &work.items);
+        add_items(problem, can_single, longest > kLongestInLanes, in_place, row, row * each, (row + 1) * each, &work.items);
       }
     }
     if (work.items.empty()) return Status::kOk;

@@ -26,6 +26,8 @@ typedef uint32_t U __attribute__((vector_size(kWidth * 4)));
 typedef uint16_t S __attribute__((vector_size(kWidth * 2)));
 
 #define SDCT_INLINE inline __attribute__((always_inline))
+// large loops stand alone: within one function they take each other's registers
+#define SDCT_APART __attribute__((noinline))
 
 // --- vectors --------------------------------------------------------------------------------------------------------------------
 
@@ -272,16 +274,16 @@ SDCT_INLINE void dft<8>(C (&u)[8]) {
   }
 }
 
-// One stage of a strip: rows of kWidth columns, `length` rows in each sub-transform.
-template <int R>
-SDCT_INLINE void register_stage(C* z, int32_t rows, int32_t length, const float* twiddle) {
+// One stage of a strip: rows of kWidth columns, `length` rows in each sub-transform. source(i) is row i of what goes in.
+template <int R, class Source>
+SDCT_INLINE void register_stage(C* z, int32_t rows, int32_t length, const float* twiddle, Source source) {
   const int32_t stride = length / R;
   for (int32_t first = 0; first < rows; first += length) {
     for (int32_t q = 0; q < stride; ++q) {
       C* const at = z + first + q;
       C u[R];
 #pragma GCC unroll 8
-      for (int j = 0; j < R; ++j) u[j] = at[j * stride];
+      for (int j = 0; j < R; ++j) u[j] = source(first + q + j * stride);
       dft<R>(u);
       at[0] = u[0];
       if (stride > 1) {
@@ -354,22 +356,44 @@ void direct_stage(C* z, int32_t rows, int32_t length, int32_t radix, const float
   }
 }
 
-void run_stages(const CpuStages& plan, C* z) {
-  int32_t length = plan.length;
-  for (int32_t s = 0; s < plan.stages; ++s) {
-    const int32_t radix = plan.radix[s];
-    const float* twiddle = plan.twiddle[s];
-    switch (radix) {
-      case 2: register_stage<2>(z, plan.length, length, twiddle); break;
-      case 3: register_stage<3>(z, plan.length, length, twiddle); break;
-      case 4: register_stage<4>(z, plan.length, length, twiddle); break;
-      case 5: register_stage<5>(z, plan.length, length, twiddle); break;
-      case 7: register_stage<7>(z, plan.length, length, twiddle); break;
-      case 8: register_stage<8>(z, plan.length, length, twiddle); break;
-      default: direct_stage(z, plan.length, length, radix, twiddle, plan.roots[s], z + plan.length);
-    }
-    length /= radix;
+template <class Source>
+SDCT_INLINE void stage(const CpuStages& plan, int32_t s, int32_t length, C* z, Source source) {
+  const float* twiddle = plan.twiddle[s];
+  switch (plan.radix[s]) {
+    case 2: return register_stage<2>(z, plan.length, length, twiddle, source);
+    case 3: return register_stage<3>(z, plan.length, length, twiddle, source);
+    case 4: return register_stage<4>(z, plan.length, length, twiddle, source);
+    case 5: return register_stage<5>(z, plan.length, length, twiddle, source);
+    case 7: return register_stage<7>(z, plan.length, length, twiddle, source);
+    case 8: return register_stage<8>(z, plan.length, length, twiddle, source);
+    default:
+      for (int32_t i = 0; i < plan.length; ++i) z[i] = source(i);
+      return direct_stage(z, plan.length, length, plan.radix[s], twiddle, plan.roots[s], z + plan.length);
   }
+}
+
+// The stages after the first.
+SDCT_APART void later_stages(const CpuStages& plan, C* z) {
+  int32_t length = plan.length / plan.radix[0];
+  for (int32_t s = 1; s < plan.stages; ++s) {
+    if (plan.radix[s] > 8) {
+      direct_stage(z, plan.length, length, plan.radix[s], plan.twiddle[s], plan.roots[s], z + plan.length);
+    } else {
+      stage(plan, s, length, z, [z](int32_t i) __attribute__((always_inline)) { return z[i]; });
+    }
+    length /= plan.radix[s];
+  }
+}
+
+// z = FFT of the rows of source, bin k in row position[k].
+template <class Source>
+SDCT_INLINE void run_stages(const CpuStages& plan, C* z, Source source) {
+  if (plan.stages == 0) {
+    z[0] = source(0);
+    return;
+  }
+  stage(plan, 0, plan.length, z, source);
+  if (plan.stages > 1) later_stages(plan, z);
 }
 
 // --- the two forms ------------------------------------------------------------------------------------------------------------------
@@ -412,12 +436,13 @@ SDCT_INLINE void cover(int32_t last, F f) {
 
 // out = FFT(z) of length m, both in natural order. t: [r2][r1_padded] places, each of re and im.
 template <class Form>
-SDCT_INLINE void fft(const CpuView& v, const float* z_re, const float* z_im, float* t_re, float* t_im, float* out_re,
+SDCT_APART void fft(const CpuView& v, const float* z_re, const float* z_im, float* t_re, float* t_im, float* out_re,
                      float* out_im, C* local) {
   const int32_t r1 = v.r1, r2 = v.r2;
   if (Form::kTokens && r2 == 1) {
-    for (int32_t i = 0; i < r1; ++i) local[i] = {Form::get(z_re, i), Form::get(z_im, i)};
-    run_stages(v.first, local);
+    run_stages(v.first, local, [&](int32_t i) __attribute__((always_inline)) {
+      return C{Form::get(z_re, i), Form::get(z_im, i)};
+    });
     for (int32_t k = 0; k < r1; ++k) {
       const C u = local[v.first.position[k]];
       Form::put(out_re, k, u.re);
@@ -426,8 +451,9 @@ SDCT_INLINE void fft(const CpuView& v, const float* z_re, const float* z_im, flo
     return;
   }
   for (int32_t n2 = 0; n2 < r2; n2 += Form::kStep) {
-    for (int32_t n1 = 0; n1 < r1; ++n1) local[n1] = {Form::get(z_re, n1 * r2 + n2), Form::get(z_im, n1 * r2 + n2)};
-    run_stages(v.first, local);
+    run_stages(v.first, local, [&](int32_t n1) __attribute__((always_inline)) {
+      return C{Form::get(z_re, n1 * r2 + n2), Form::get(z_im, n1 * r2 + n2)};
+    });
     const auto turned = [&](int32_t k1) __attribute__((always_inline)) {
       return mul(local[v.first.position[k1]], Form::table(v.twiddle_re, k1 * r2 + n2),
                  Form::table(v.twiddle_im, k1 * r2 + n2));
@@ -461,8 +487,9 @@ SDCT_INLINE void fft(const CpuView& v, const float* z_re, const float* z_im, flo
   const int32_t last = Form::kTokens ? r1 - 1 : (r1 - 1) / kWidth * kWidth;
   // downwards, rows ascending: a last strip wider than what is left writes into the next row before that is written itself
   for (int32_t k1 = last; k1 >= 0; k1 -= Form::kStep) {
-    for (int32_t n2 = 0; n2 < r2; ++n2) local[n2] = {Form::get(t_re, n2 * row + k1), Form::get(t_im, n2 * row + k1)};
-    run_stages(v.second, local);
+    run_stages(v.second, local, [&](int32_t n2) __attribute__((always_inline)) {
+      return C{Form::get(t_re, n2 * row + k1), Form::get(t_im, n2 * row + k1)};
+    });
     for (int32_t k2 = 0; k2 < r2; ++k2) {
       const C u = local[v.second.position[k2]];
       Form::put(out_re, k2 * r1 + k1, u.re);
@@ -484,7 +511,7 @@ SDCT_INLINE void mix_zero(const float* a, const float* b, float* sum, float* dif
 
 // Bins of the complex FFT -> coefficients c[0 .. n - 1].
 template <class Form>
-SDCT_INLINE void to_coefficients(const CpuView& v, const float* z_re, const float* z_im, float* c) {
+SDCT_APART void to_coefficients(const CpuView& v, const float* z_re, const float* z_im, float* c) {
   const int32_t n = v.n, m = v.m;
   if (Form::kTokens && n % 2) {
     for (int32_t k = 0; k < n; ++k) {
@@ -509,7 +536,7 @@ SDCT_INLINE void to_coefficients(const CpuView& v, const float* z_re, const floa
 
 // The mirror.
 template <class Form>
-SDCT_INLINE void from_coefficients(const CpuView& v, const float* c, float* z_re, float* z_im) {
+SDCT_APART void from_coefficients(const CpuView& v, const float* c, float* z_re, float* z_im) {
   const int32_t n = v.n, m = v.m;
   if (Form::kTokens && n % 2) {
     Form::put(z_re, 0, Form::get(c, 0) * broadcast(kRoot2 * v.phase_re[0]));
@@ -627,11 +654,11 @@ SDCT_INLINE void add_single(const CpuView& v, const float* re, const float* im, 
 // --- the operator ----------------------------------------------------------------------------------------------------------------------------
 
 template <class Form>
-SDCT_INLINE void sparse(const CpuView& in, const CpuView& out, const float* values, const int32_t* indices, int32_t count,
-                        float scale, const float* spectrum, float* acc) {
+SDCT_APART void sparse(uint32_t d_in, uint32_t d_out, const float* __restrict values, const int32_t* __restrict indices,
+                       int32_t count, float scale, const float* __restrict spectrum, float* __restrict acc) {
   for (int32_t e = 0; e < count; ++e) {
     const uint32_t row = uint32_t(indices[2 * e]), col = uint32_t(indices[2 * e + 1]);
-    if (row >= uint32_t(out.n) || col >= uint32_t(in.n)) continue;
+    if (row >= d_out || col >= d_in) continue;
     const float value = scale * values[e];
     if (Form::kTokens) {
       float* at = acc + size_t(row) * kWidth;
@@ -665,7 +692,7 @@ SDCT_INLINE void apply(const CpuArgs& args, int64_t row, int64_t token, int32_t 
       const int32_t id = p.ids[row * p.blends + k];
       if (id <= 0 || id >= p.slots) continue;
       const int64_t at = int64_t(id) * args.offset[args.projections] + args.offset[j];
-      sparse<Form>(*args.in, out, p.values + at, p.indices + 2 * at, args.capacity[j], p.scales[row * p.blends + k],
+      sparse<Form>(uint32_t(args.in->n), uint32_t(out.n), p.values + at, p.indices + 2 * at, args.capacity[j], p.scales[row * p.blends + k],
                    spectrum, acc);
     }
     from_coefficients<Form>(out, acc, z_re, z_im);

@@ -6,6 +6,7 @@
 #include <onnxruntime_c_api.h>
 
 #include <algorithm>
+#include <cstring>
 #include <exception>
 #include <memory>
 #include <mutex>
@@ -116,16 +117,27 @@ class Kernel {
   void compute(OrtKernelContext* context) {
     const Shape& shape = plan_shape(*plan_);
     const int32_t m = shape.projections;
-    const Tensor x = input(context, kX), ids = input(context, kIds), scales = input(context, kScales),
-                 values = input(context, kValues), indices = input(context, kIndices);
     Problem p{};
+    const Tensor ids = input(context, kIds);
+    if (ids.rank != 2) refuse("adapter_ids", ids, "[batch, k]");
+    p.rows = ids.dims[0], p.blends = ids.dims[1];
+    p.ids = static_cast<const int32_t*>(ids.data);
+    if (!cuda_ && std::all_of(p.ids, p.ids + ids.size, [](int32_t id) { return id == 0; })) {
+      // the base alone: nothing but y matters
+      for (int32_t j = 0; j < m; ++j) {
+        const Tensor y = input(context, kFirstY + j);
+        void* out = output(context, j, y);
+        if (out != y.data) std::memcpy(out, y.data, size_t(y.size) * element_bytes(type_of(y.type)));
+      }
+      return;
+    }
+    const Tensor x = input(context, kX), scales = input(context, kScales), values = input(context, kValues),
+                 indices = input(context, kIndices);
     p.type = type_of(x.type);
     if (x.rank < 2 || x.dims[x.rank - 1] != shape.d_in) {
       refuse("x", x, "[batch, ..., " + std::to_string(shape.d_in) + "]");
     }
     p.tokens = x.size / shape.d_in;
-    if (ids.rank != 2) refuse("adapter_ids", ids, "[batch, k]");
-    p.rows = ids.dims[0], p.blends = ids.dims[1];
     if (scales.rank != 2 || scales.dims[0] != p.rows || scales.dims[1] != p.blends) {
       refuse("adapter_scales", scales, ids.text());
     }
@@ -140,7 +152,6 @@ class Kernel {
       refuse("indices", indices, "[" + std::to_string(p.slots) + ", " + n + ", 2]");
     }
     p.x = x.data;
-    p.ids = static_cast<const int32_t*>(ids.data);
     p.scales = static_cast<const float*>(scales.data);
     p.values = static_cast<const float*>(values.data);
     p.indices = static_cast<const int32_t*>(indices.data);
@@ -159,10 +170,8 @@ class Kernel {
         refuse("y_" + std::to_string(j + 1), y,
                "[..., " + std::to_string(shape.d_out[j]) + "] in the type of x with " + std::to_string(p.tokens) + " tokens");
       }
-      OrtValue* out = nullptr;
-      check(api->KernelContext_GetOutput(context, size_t(j), y.dims, y.rank, &out));
       p.y_in[j] = y.data;
-      check(api->GetTensorMutableData(out, &p.y_out[j]));
+      p.y_out[j] = output(context, j, y);
     }
     if (p.tokens == 0) return;
     const Status status = cuda_ ? run_cuda(context, p) : run_cpu(context, p);
@@ -209,6 +218,15 @@ class Kernel {
     check(api->GetTensorMutableData(const_cast<OrtValue*>(value), &data));
     t.data = data;
     return t;
+  }
+
+  // The memory of y_j', which may be that of y_j.
+  void* output(OrtKernelContext* context, int32_t j, const Tensor& y) const {
+    OrtValue* value = nullptr;
+    check(api->KernelContext_GetOutput(context, size_t(j), y.dims, y.rank, &value));
+    void* data = nullptr;
+    check(api->GetTensorMutableData(value, &data));
+    return data;
   }
 
   Status run_cpu(OrtKernelContext* context, const Problem& problem) {

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import native
 from ..adapter import Array
 from ..errors import AdapterFormatError, ConfigError, SdctError, UnsupportedError
 
@@ -49,6 +50,7 @@ class OrtBackend:
             raise AdapterFormatError(f"{model} is missing; copy the whole bundle or export it again")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors reach the user as exceptions, not as log lines beside them
+        native.register_operator(options)
         if threads is not None:
             options.intra_op_num_threads = threads
         try:

@@ -151,10 +151,11 @@ class Bank(Generic[T]):
             )
         with self._changed:
             entries = self._wait_for_slots(wanted)
-            for name, entry in entries.items():
-                self._entries.move_to_end(name)
+            for name in entries:
+                self._entries.move_to_end(name)  # so that placing one never evicts another of them
+            for entry in entries.values():
                 if entry.slot is None:
-                    self._place(entry, keep=entries)
+                    self._place(entry)
             for entry in entries.values():
                 entry.pins += 1
             lease = Lease(
@@ -196,13 +197,12 @@ class Bank(Generic[T]):
         idle = sum(e.slot is not None and not e.pins and n not in entries for n, e in self._entries.items())
         return missing <= len(self._free) + self._max_slots - self._slots + idle
 
-    def _place(self, entry: _Entry, keep: Mapping[str, _Entry] | None = None) -> None:
-        """Give `entry` a slot: a free one, a new one, or that of the oldest idle adapter outside `keep`."""
+    def _place(self, entry: _Entry) -> None:
+        """Give `entry` a slot: a free one, a new one, or that of the idle adapter least recently used."""
         if not self._free and self._slots < self._max_slots:
             self._grow()
         if not self._free:
-            idle = (e for n, e in self._entries.items() if e.slot is not None and not e.pins and n not in (keep or {}))
-            oldest = next(idle)
+            oldest = next(e for e in self._entries.values() if e.slot is not None and not e.pins)
             oldest.rows = {n: self._memory.read(t, oldest.slot or 0) for n, t in self._tensors.items()}
             self._release(oldest)
         slot = self._free[-1]

@@ -112,8 +112,8 @@ def export_multi(
 
     Args:
         model: checkpoint folder, or a transformers model (left as it is).
-        adapters: name -> adapter or its folder. Capacities and the number of labels come from the largest of them; others
-            that fit can be loaded when the bundle runs.
+        adapters: name -> adapter or its folder. Capacities and the number of labels come from the largest of them;
+            others that fit can be loaded when the bundle runs.
         output: the new folder.
         task_type: chooses the model class of a checkpoint; default: what the adapters' configs say.
         dtype: `float32` or `float16`; default: the base's own, float32 for a bfloat16 base.
@@ -165,13 +165,19 @@ def _prepare(source: str | Path | nn.Module, named: Mapping[str, SdctAdapter], t
             model = _with_labels(source, task, labels, model, head)
     for name, adapter in named.items():
         check_base(adapter, model, label=f"adapter {name!r}")
-    shapes = {path: linear_shape(find_linear(model, path)) for a in named.values() for path in a.modules}
-    shapes = {path: shape for path, shape in sorted(shapes.items()) if shape is not None}
+    shapes = _shapes(model, named)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     if task is None:
         kinds = (kind for suffix, kind in _TASK_OF_CLASS.items() if type(model).__name__.endswith(suffix))
         task = next(kinds, "FEATURE_EXTRACTION")
     return _Base(model, source, task, dtype, shapes, model_hash(model, shapes, dtype), model_digests(model, shapes))
+
+
+def _shapes(model: nn.Module, named: Mapping[str, SdctAdapter]) -> dict[str, tuple[int, int]]:
+    """Adapted module -> `(d_out, d_in)`, over all adapters."""
+    paths = sorted({path for adapter in named.values() for path in adapter.modules})
+    found = {path: linear_shape(find_linear(model, path)) for path in paths}
+    return {path: shape for path, shape in found.items() if shape is not None}
 
 
 def _common_task(named: Mapping[str, SdctAdapter]) -> str | None:
@@ -217,8 +223,8 @@ def _heads(model: nn.Module, named: Mapping[str, SdctAdapter]) -> dict[str, tupl
             continue
         if not isinstance(module, nn.Linear):
             raise UnsupportedError(
-                f"an adapter saves {own[0]!r}, a parameter of a {type(module).__name__}; only linear layers of saved modules "
-                "can differ from row to row: merge this adapter instead (--merge)"
+                f"an adapter saves {own[0]!r}, a parameter of a {type(module).__name__}; only linear layers of saved "
+                "modules can differ from row to row: merge this adapter instead (--merge)"
             )
         heads[path] = (module.out_features, module.in_features)
         for name, adapter in named.items():
@@ -237,8 +243,8 @@ def _check_head(label: str, path: str, module: nn.Linear, adapter: SdctAdapter, 
         got, want = adapter.saved[name].shape, tuple(module.get_parameter(name.rpartition(".")[2]).shape)
         if got[1:] != want[1:] or got[0] > want[0] or (got[0] < want[0] and not is_label_head):
             raise BaseMismatchError(
-                f"{label} stores {name!r} of shape {list(got)}, the base has {list(want)}; use a base whose module {path!r} "
-                "has the shape the adapter was trained with"
+                f"{label} stores {name!r} of shape {list(got)}, the base has {list(want)}; use a base whose module "
+                f"{path!r} has the shape the adapter was trained with"
             )
 
 
@@ -332,7 +338,9 @@ def _name(base: _Base) -> str:
 def _specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
     specs = []
     for value in values:
-        assert value.name and value.dtype is not None and value.shape is not None
+        assert value.name
+        assert value.dtype is not None
+        assert value.shape is not None
         shape = tuple(d if isinstance(d, int) else str(d) for d in value.shape)
         specs.append(TensorSpec(value.name, value.dtype.numpy().name, shape))
     return tuple(specs)

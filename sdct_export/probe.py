@@ -3,9 +3,9 @@
 One file of tensors, no metadata:
 
     input.<name>                  the model's own inputs, `[batch, ...]`, shared by all cases
-    cases                         uint8, a UTF-8 JSON list; item `c` is `{"name": str, "rows": [[[adapter, scale], ...], ...]}`
-                                  with one list of (adapter, scale) a batch row; an empty list is a base row
-    output.<c>.<name>             float32 `[m]`, m <= 4096: a strided sample of an output of case `c`, in row-major order
+    cases                         uint8, a UTF-8 JSON list; item `c` is `{"name": str, "rows": [[[adapter, scale],
+                                  ...], ...]}` with one list of (adapter, scale) a batch row; empty for a base row
+    output.<c>.<name>             float32 `[m]`, m <= 4096: a strided sample of an output of case `c`, row-major
     index.<name>                  int64 `[m]`: the flat positions of that sample (the same in every case)
     shape.<name>                  int64: the output's full shape
 
@@ -49,7 +49,11 @@ class Probe:
     shapes: Mapping[str, tuple[int, ...]]
 
     def sample(self, name: str, output: Array) -> Array:
-        """The sampled elements of a full output, float32 `[m]`. Raises `ValueError` where its shape is not the recorded one."""
+        """The sampled elements of a full output, float32 `[m]`.
+
+        Raises:
+            ValueError: the output has another shape than the recorded one.
+        """
         if tuple(output.shape) != self.shapes[name]:
             raise ValueError(
                 f"output {name!r} has shape {tuple(output.shape)}, the probe was recorded with {self.shapes[name]}"

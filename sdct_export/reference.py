@@ -1,7 +1,7 @@
 """What torch computes for rows with adapters: the reference every exported graph is compared with.
 
-A row with adapters `k` at scales `s_k` sees, in each adapted module, `W + sum_k s_k dW_k`, and in each saved linear module
-`(1 - sum_k s_k) W + sum_k s_k W_k` (and the same for its bias), the sums running over the adapters that have the module.
+A row with adapters `k` at scales `s_k` sees, in each adapted module, `W + sum_k s_k dW_k`, and in each saved linear
+module `(1 - sum_k s_k) W + sum_k s_k W_k` (and the same for its bias), summed over the adapters that have the module.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Parts = Sequence[tuple[SdctAdapter, float]]
 
 @contextlib.contextmanager
 def adapted(model: nn.Module, parts: Parts) -> Iterator[nn.Module]:
-    """`model` with `parts` (adapter, scale) in the weights of the modules they name, its own parameters back afterwards.
+    """`model` with `parts` (adapter, scale) in the weights of the modules they name; its own parameters come back.
 
     A weight tied to another module's stays as it is there.
     """

@@ -1,7 +1,7 @@
-"""Small seeded models of every supported family, random adapters for them, and what torch computes: shared by many tests.
+"""Small seeded models of every supported family, random adapters for them, and what torch computes; for many tests.
 
-Odd sizes on purpose; weights and biases are larger than an initialiser's, so that errors show. The reference here edits
-weights with scipy's transforms and shares no code with the package.
+Odd sizes on purpose; weights and biases are larger than an initialiser's, so that errors show. The reference here
+edits weights with scipy's transforms and shares no code with the package.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def random_adapter(
     scaling: float = 0.5,
     modules: Sequence[str] | None = None,
 ) -> SdctAdapter:
-    """`n` coefficients in each target (or in `modules`), and where the family has heads, heads of `labels` (None: no head)."""
+    """`n` coefficients in each target (or in `modules`), and, if the family has heads, heads of `labels`."""
     rng = np.random.default_rng(seed)
     shapes = target_shapes(family, model)
     entries = {}

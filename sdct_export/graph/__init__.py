@@ -1,1 +1,1 @@
-"""Graph surgery on an exported ONNX model: `match` (module -> node), `insert` (the pass), `function_body` (standard operators)."""
+"""From a torch model to a multi-adapter graph: trace, match modules to nodes, insert the operator and its body."""

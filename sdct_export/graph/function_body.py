@@ -1,20 +1,20 @@
 """The portable body of `SpectralDelta`: model-local functions in standard ONNX operators only.
 
-`SpectralDelta` (one overload a signature) calls `Dct`, `Idct` and `DctPlace` (one overload a length), which alone hold the
-transform matrices, so that a file stores each matrix once however many layers use it. ONNX Runtime inlines all functions
-when it loads a model; in memory every node then has matrices of its own, small thanks to the factorisation below.
+`SpectralDelta` (one overload a signature) calls `Dct`, `Idct` and `DctPlace` (one overload a length), which alone hold
+the transform matrices, so that a file stores each matrix once however many layers use it. ONNX Runtime inlines all
+functions when it loads a model; in memory every node then has matrices of its own, small thanks to the factorisation.
 
-**Transform.** With `v` = even samples of `x` rising, odd samples falling, `X[k] = s_k Re(e^{-i pi k / 2N} DFT(v)[k])` and
-`X[N-k] = -s_k Im(...)` (Makhoul, IEEE Trans. ASSP 28, 1980). For `N = N1 N2`, `n = N2 n1 + n2` and `k = k1 + N1 k2` the DFT
-is two matrix products, and because `v` is real only `k1 <= N1 / 2` are needed:
+**Transform.** With `v` = even samples of `x` rising, odd samples falling, `X[k] = s_k Re(e^{-i pi k / 2N} DFT(v)[k])`
+and `X[N-k] = -s_k Im(...)` (Makhoul, IEEE Trans. ASSP 28, 1980). For `N = N1 N2`, `n = N2 n1 + n2`, `k = k1 + N1 k2`
+the DFT is two matrix products, and because `v` is real only `k1 <= N1 / 2` are needed:
 
-    A[k1, n2]  = sum_n1  e^{-2 pi i n1 k1 / N1} v[n1, n2]                 one [2 K1, N1] matrix, K1 = N1 // 2 + 1
-    X[k1, ...] = sum_n2  Re/Im( s_k e^{-i pi k (4 n2 + 1) / 2N} A[k1, n2] )   K1 matrices [2 N2, 2 N2], all phases folded in
+    A[k1, n2]  = sum_n1  e^{-2 pi i n1 k1 / N1} v[n1, n2]                    a [2 K1, N1] matrix, K1 = N1 // 2 + 1
+    X[k1, ...] = sum_n2  Re/Im( s_k e^{-i pi k (4 n2 + 1) / 2N} A[k1, n2] )  K1 matrices [2 N2, 2 N2] with all phases
 
-That is about `N (N1 + 2 N2)` multiplications instead of `N^2`, and the inverse is the same two matrices transposed. The
+That is about `N (N1 + 2 N2)` multiplications instead of `N^2`; the inverse is the same two matrices transposed. The
 spectrum stays in the order in which the second product leaves it; `DctPlace` maps a frequency to its place.
 
-**Layout.** Everything is `[frequency, batch, tokens]`, so that a gathered or scattered coefficient is a run of `tokens`
+**Layout.** All is `[frequency, batch, tokens]`, so that a gathered or scattered coefficient is a run of `tokens`
 contiguous numbers and a transform is few large products whatever the batch. The scatter is `ScatterElements`: ONNX
 Runtime's CPU `ScatterND` with a reduction splits the updates between threads and loses additions to repeated rows.
 """
@@ -43,7 +43,8 @@ FACTOR_COST = 64
 class Factors:
     """Two-stage factorisation of the DCT of length `n1 * n2`; see the module's docstring.
 
-    first `[2 K1, n1]`, second `[K1, 2 n2, 2 n2]`, order `[N]` (`v = x[order]`), place `[N]` (frequency -> row of the result).
+    first `[2 K1, n1]`, second `[K1, 2 n2, 2 n2]`, order `[N]` (`v = x[order]`), place `[N]` (frequency -> row of the
+    result).
     """
 
     first: Floats
@@ -66,7 +67,7 @@ def _cost(n1: int, n2: int) -> float:
 
 
 def factors(length: int, n1: int) -> Factors:
-    """The factorisation `length = n1 * n2` in float64; phases are reduced in integers, so they are exact to one ulp."""
+    """The factorisation `length = n1 * n2` in float64; phases are reduced in integers, so exact to one ulp."""
     n2, products = length // n1, n1 // 2 + 1
     angle = 2 * np.pi / n1 * (np.outer(np.arange(products), np.arange(n1)) % n1)
     first = np.stack([np.cos(angle), -np.sin(angle)], axis=1).reshape(2 * products, n1)
@@ -75,7 +76,7 @@ def factors(length: int, n1: int) -> Factors:
     for k1 in range(products):
         k = k1 + n1 * np.arange(n2)
         phase = np.pi / (2 * length) * (np.outer(k, 4 * np.arange(n2) + 1) % (4 * length))
-        scale = np.where(k == 0, np.sqrt(1 / length), np.sqrt(2 / length))[:, None]
+        scale = np.sqrt(np.where(k == 0, 1, 2) / length).reshape(n2, 1)
         cos, sin = scale * np.cos(phase), scale * np.sin(phase)
         second[k1, 0, :, 0], second[k1, 0, :, 1] = cos, sin
         place[k] = 2 * k1 * n2 + np.arange(n2)
@@ -89,7 +90,8 @@ def factors(length: int, n1: int) -> Factors:
 def dct_matrix(length: int) -> Floats:
     """The orthonormal DCT-II matrix `C [length, length]`."""
     k = np.arange(length, dtype=np.int64)
-    matrix = np.cos(np.pi / (2 * length) * (np.outer(k, 2 * k + 1) % (4 * length))) * np.sqrt(2 / length)
+    phase = np.pi / (2 * length) * (np.outer(k, 2 * k + 1) % (4 * length))
+    matrix: Floats = np.cos(phase) * np.sqrt(2 / length)
     matrix[0] = np.sqrt(1 / length)
     return matrix
 

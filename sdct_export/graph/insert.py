@@ -53,10 +53,12 @@ class InsertAdapters(ir.passes.InPlacePass):
     ) -> None:
         super().__init__()
         self._shapes, self._capacity, self._head_shapes = dict(shapes), dict(capacity), dict(heads)
+        self._sites: list[Site] = []
         self.groups: list[Group] = []
         self.heads: list[Head] = []
 
-    def requires(self, model: ir.Model) -> None:
+    def _check(self, model: ir.Model) -> None:
+        # not in `requires`, whose errors the pass infrastructure would wrap into its own
         opset = model.graph.opset_imports.get("", 0)
         if opset < MIN_OPSET:
             raise UnsupportedError(f"the graph has opset {opset}; adapters need opset {MIN_OPSET} or newer")
@@ -65,9 +67,13 @@ class InsertAdapters(ir.passes.InPlacePass):
             raise UnsupportedError(f"the model already has an input {taken.pop()!r}; rename that input of the model")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite `model` in place."""
+        self._check(model)
         graph = model.graph
         sites = match_linears(graph, {*self._shapes, *self._head_shapes})
-        batch = graph.inputs[0].shape[0] if graph.inputs and graph.inputs[0].shape else BATCH  # type: ignore[index]
+        self._sites = list(sites.values())
+        shape = graph.inputs[0].shape
+        batch = BATCH if shape is None else shape[0]
         ids = _input(graph, ADAPTER_IDS, INT32, [batch, BLEND])
         scales = _input(graph, ADAPTER_SCALES, FLOAT, [batch, BLEND])
         # heads first: an adapter that adapts a module which another one saves then adds to the head's output
@@ -86,6 +92,7 @@ class InsertAdapters(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=True)
 
     def ensures(self, model: ir.Model) -> None:
+        """Every adapted module sits in one group, every group in one node with a body."""
         nodes = [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, OP_TYPE)]
         assert sorted(m for g in self.groups for m in g.modules) == sorted(self._shapes)
         assert len(nodes) == len(self.groups)
@@ -118,7 +125,7 @@ class InsertAdapters(ir.passes.InPlacePass):
             outputs=outputs,
             name=f"sdct.{group.name}",
         )
-        _splice(graph, ys, outputs, [node])
+        self._splice(graph, ys, outputs, [node])
         self.groups.append(group)
 
     def _insert_head(self, graph: ir.Graph, site: Site, ids: ir.Value, scales: ir.Value) -> None:
@@ -132,30 +139,33 @@ class InsertAdapters(ir.passes.InPlacePass):
         ops = Ops(f"sdct.{head.module}")
         output = head_body(ops, head, dtype, site.x, ids, scales, weight, bias, present, site.y)
         output.type, output.shape = site.y.type, site.y.shape
-        _splice(graph, [site.y], [output], ops.nodes)
+        self._splice(graph, [site.y], [output], ops.nodes)
         site.y = site.sum = output
         self.heads.append(head)
+
+    def _splice(
+        self, graph: ir.Graph, olds: Sequence[ir.Value], news: Sequence[ir.Value], nodes: Sequence[ir.Node]
+    ) -> None:
+        """Let users of `olds` outside `nodes` use `news`, which `nodes` compute; graph outputs keep their names."""
+        inside = {inner for node in nodes for inner in _with_subgraphs(node)}
+        for old, new in zip(olds, news, strict=True):
+            for user, index in list(old.uses()):
+                if user not in inside:
+                    user.replace_input_with(index, new)
+            for position, output in enumerate(graph.outputs):
+                if output is old:
+                    graph.outputs[position] = new
+                    old.name, new.name = new.name, old.name
+            for site in self._sites:
+                if site.x is old:  # a layer that reads this layer's output as it is
+                    site.x = new
+        graph.extend(nodes)  # `call` sorts the graph at its end
 
 
 def _input(graph: ir.Graph, name: str, dtype: ir.DataType, shape: Sequence[int | str | ir.SymbolicDim]) -> ir.Value:
     value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
     graph.inputs.append(value)
     return value
-
-
-def _splice(graph: ir.Graph, olds: Sequence[ir.Value], news: Sequence[ir.Value], nodes: Sequence[ir.Node]) -> None:
-    """Let every user of `olds` outside `nodes` use `news`, which `nodes` compute; graph outputs keep their names."""
-    inside = {inner for node in nodes for inner in _with_subgraphs(node)}
-    for old, new in zip(olds, news, strict=True):
-        for user, index in list(old.uses()):
-            if user not in inside:
-                user.replace_input_with(index, new)
-        for position, output in enumerate(graph.outputs):
-            if output is old:
-                graph.outputs[position] = new
-                old.name, new.name = f"sdct.{old.name}.base", old.name
-    last = max((old.producer() for old in olds), key=list(graph).index)
-    graph.insert_after(last, nodes)
 
 
 def _with_subgraphs(node: ir.Node) -> list[ir.Node]:

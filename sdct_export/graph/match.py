@@ -1,8 +1,8 @@
 """Module path -> the values its linear layer reads and writes, found through the module scopes the exporter records.
 
 torch's exporter stores on every node the stack of modules it came from, as a Python list literal in the metadata entry
-`pkg.torch.onnx.name_scopes`: `['', 'encoder', 'encoder.layer.0', ..., 'encoder.layer.0.attention.self.query', 'linear']`, the last
-item being the operation itself. Tensor names are never looked at.
+`pkg.torch.onnx.name_scopes`: `['', 'encoder', 'encoder.layer.0', ..., 'encoder.layer.0.attention.self.query',
+'linear']`, the last item being the operation itself. Tensor names are never looked at.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _PASSED_THROUGH = ("Reshape", "Cast", "Identity", "Flatten")  # may stand betwee
 class Site:
     """A linear layer in the graph, `y = x W^T (+ b)`: `x [..., d_in]` enters the module, `y [..., d_out]` leaves it.
 
-    `sum` is `x W^T` before a separate bias addition, else the same value as `y`. A weight change is best added there: the
-    runtime then still fuses the bias with what follows (BiasGelu, SkipLayerNormalization) just as in the base graph, and
-    only so do base rows keep their last bit.
+    `sum` is `x W^T` before a separate bias addition, else the same value as `y`. A weight change is best added there:
+    the runtime then still fuses the bias with what follows (BiasGelu, SkipLayerNormalization) just as in the base
+    graph, and only so do base rows keep their last bit.
     """
 
     module: str
@@ -75,8 +75,8 @@ def _product(module: str, nodes: list[ir.Node]) -> ir.Node:
         )
     if len(products) > 1:
         raise UnsupportedError(
-            f"module {module!r} is called {len(products)} times in one forward; an adapter needs a layer that is called once: "
-            "merge this adapter instead (--merge)"
+            f"module {module!r} is called {len(products)} times in one forward; an adapter needs one that is called "
+            "once: merge this adapter instead (--merge)"
         )
     return products[0]
 
@@ -84,8 +84,8 @@ def _product(module: str, nodes: list[ir.Node]) -> ir.Node:
 def _site(module: str, product: ir.Node, members: set[ir.Node]) -> Site:
     x = product.inputs[0]
     assert x is not None
-    while (producer := x.producer()) in members and producer.op_type in _PASSED_THROUGH:  # type: ignore[union-attr]
-        x = producer.inputs[0]  # type: ignore[union-attr]
+    while (producer := x.producer()) in members and producer.op_type in _PASSED_THROUGH:
+        x = producer.inputs[0]
         assert x is not None
     y = total = product.outputs[0]
     while not y.is_graph_output():

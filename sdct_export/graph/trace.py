@@ -48,7 +48,8 @@ def sample_inputs(model: nn.Module, *, batch: int, sequence: int, seed: int = 0)
             inputs["attention_mask"] = mask
         return inputs
     raise UnsupportedError(
-        f"{type(model).__name__} reads {main!r}; only transformers models that read input_ids or pixel_values can be exported"
+        f"{type(model).__name__} reads {main!r}; only transformers models that read input_ids or pixel_values can be "
+        "exported"
     )
 
 

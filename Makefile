@@ -7,13 +7,14 @@ ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test style quality bench clean
+.PHONY: help demo test style quality bench gpu clean
 
 help:
 	@echo 'make demo      train, export, run and verify adapters on a real model (a few minutes)'
 	@echo 'make test      run the tests; ARGS="--slow -k merge" passes options to pytest'
 	@echo 'make quality   check style and types; make style repairs what can be repaired'
 	@echo 'make bench     run every benchmark'
+	@echo 'make gpu       run what needs an NVIDIA GPU; every piece whose dependency is missing says so'
 	@echo 'make clean     remove .venv and caches'
 	@echo 'PYTHON=python3.12 chooses the interpreter for .venv (3.10 or newer)'
 
@@ -35,6 +36,10 @@ quality: $(STAMP)
 
 bench: $(STAMP)
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+gpu: $(STAMP)
+	$(BIN)/python -m pytest tests/gpu -rs $(ARGS)
+	@if [ -f benchmarks/gpu/run.py ]; then $(BIN)/python benchmarks/gpu/run.py; fi
 
 # installed again only when what it is made from changes
 $(STAMP): pyproject.toml constraints.txt

@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import json
 import shlex
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -336,26 +337,28 @@ def _major(trt: Any) -> int:
 
 
 class Log:
-    """What TensorRT reports: errors are kept for our own message, the rest is dropped."""
+    """What TensorRT reports: its last errors and warnings are kept for our own messages, nothing is printed."""
 
     def __init__(self, trt: Any) -> None:
-        errors: list[str] = []
+        errors: deque[str] = deque(maxlen=3)
+        warnings: deque[str] = deque(maxlen=3)
         severity = trt.ILogger.Severity
+        kept = {severity.INTERNAL_ERROR: errors, severity.ERROR: errors, severity.WARNING: warnings}
 
         class Logger(trt.ILogger):  # type: ignore[misc]
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
 
             def log(self, level: Any, message: str) -> None:
-                if level in (severity.ERROR, severity.INTERNAL_ERROR):
-                    errors.append(message)
+                if level in kept:
+                    kept[level].append(" ".join(message.split()))
 
-        self.errors = errors
+        self._errors, self._warnings = errors, warnings
         self.logger = Logger()
 
     def reason(self) -> str:
-        """The last errors, on one line."""
-        return "; ".join(" ".join(error.split()) for error in self.errors[-3:]) or "no reason given"
+        """The last errors, or warnings where there was no error, on one line."""
+        return "; ".join(self._errors or self._warnings) or "no reason given"
 
 
 def _build(
@@ -391,8 +394,9 @@ def _build(
     config.clear_flag(trt.BuilderFlag.TF32)  # it would round float32 products to 10 bits
     if typed is None and bundle.dtype == "float16":
         config.set_flag(trt.BuilderFlag.FP16)
-    for feature in ("ALIASED_PLUGIN_IO_10_03", "PROFILE_SHARING_0806"):
-        if hasattr(getattr(trt, "PreviewFeature", None), feature):
+    features = {"ALIASED_PLUGIN_IO_10_03": library is not None, "PROFILE_SHARING_0806": _major(trt) < 10}
+    for feature, wanted in features.items():
+        if wanted and hasattr(getattr(trt, "PreviewFeature", None), feature):
             config.set_preview_feature(getattr(trt.PreviewFeature, feature), True)
     optimization = builder.create_optimization_profile()
     for i in range(network.num_inputs):

@@ -223,7 +223,7 @@ class FakeTensorRT(types.ModuleType):
         fake = self
 
         class ILogger:
-            Severity = types.SimpleNamespace(ERROR=1, INTERNAL_ERROR=0)
+            Severity = types.SimpleNamespace(ERROR=1, INTERNAL_ERROR=0, WARNING=2)
 
         class Builder:
             def __init__(self, logger: Any) -> None:

@@ -141,9 +141,10 @@ def check_load_library(library: str) -> None:
     check("loadLibrary refuses a second copy, as documented", registry.load_library(library) is None)
     registry.deregister_library(handle)
     check("deregistering forgets the plugin", find() is None)
+    check("it can be registered again", ctypes.CDLL(library).sdct_tensorrt_register() == 1 and find() is not None)
     with tempfile.TemporaryDirectory() as folder:  # as an engine that carries the library unpacks it
         copy = shutil.copy(library, Path(folder) / "unpacked.so")
-        check("a copy loads and is found", registry.load_library(str(copy)) is not None and find() is not None)
+        check("a copy takes over and is found", registry.load_library(str(copy)) is not None and find() is not None)
 
 
 def main(library: str) -> int:

@@ -5,7 +5,7 @@
 One linear layer d x d with a Relu behind it (so that it is no graph output and may be changed in place, as in a
 model), float32, n = 1000, the rows of a batch spread over the resident adapters. LoRA is what an exported graph would
 do: r = 16, the two factors of each row gathered from a bank. All models hold the same base weight and take turns in
-short blocks, so that whatever else loads the machine loads all alike; a block counts with its fastest call, and a ratio
+short blocks, so that whatever else loads the machine loads all alike; a block counts with its fastest call, a ratio
 is the median over the rounds of a model's block over the block of MatMul alone beside it.
 """
 

@@ -21,7 +21,7 @@ TYPES = {DTYPES[0]: TensorProto.FLOAT, DTYPES[1]: TensorProto.FLOAT16, DTYPES[2]
 @pytest.fixture(autouse=True)
 def library(monkeypatch):
     if native.operator_library() is None:
-        found = sorted(ROOT.glob("build*/libsdct_onnxruntime.so"))
+        found = sorted([*ROOT.glob("build/libsdct_*runtime.so"), *ROOT.glob("build/native/libsdct_*runtime.so")])
         if not found:
             pytest.skip(
                 "no operator library: build it with cmake -S . -B build -DONNXRUNTIME_INCLUDE_DIR=... && "

@@ -25,7 +25,7 @@ def _driver() -> Path:
     named = os.environ.get("SDCT_DRIVER")
     if named:
         return Path(named)
-    found = sorted(ROOT.glob("build*/sdct_driver"))
+    found = sorted([*ROOT.glob("build/sdct_driver"), *ROOT.glob("build/*/sdct_driver")])
     if not found:
         pytest.skip("no sdct_driver: build it with cmake -S . -B build && cmake --build build, or set SDCT_DRIVER")
     return found[0]

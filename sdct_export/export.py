@@ -306,6 +306,7 @@ def _write(
     ir.save(graph, folder / MODEL_FILE, external_data=f"{MODEL_FILE}.data")
     config = getattr(base.model, "config", None)
     if config is not None:
+        config.architectures = [type(base.model).__name__]
         config.save_pretrained(folder)
     if isinstance(base.source, str | Path) and Path(base.source).is_dir():
         for pattern in _COPIED:

@@ -58,7 +58,8 @@ def find_library(stem: str) -> Path | None:
     name = {"win32": f"{stem}.dll", "darwin": f"lib{stem}.dylib"}.get(sys.platform, f"lib{stem}.so")
     folders = os.environ.get(LIBRARY_PATH)
     if folders is None:
-        places = [Path(__file__).parent / "lib"]
+        package = sys.modules[__package__]  # an editable installation has two folders: the sources and what was built
+        places = [Path(folder) / "lib" for folder in package.__path__]
     else:
         places = [Path(folder) for folder in folders.split(os.pathsep) if folder]
     for place in places:

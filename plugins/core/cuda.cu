@@ -20,6 +20,7 @@ thread_local const char* last_error = "";
 bool failed(cudaError_t error) {
   if (error == cudaSuccess) return false;
   last_error = cudaGetErrorString(error);
+  static_cast<void>(cudaGetLastError());  // reported here; the host's own checks must not meet it again
   return true;
 }
 

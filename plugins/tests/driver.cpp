@@ -1,6 +1,8 @@
 // Runs cases from a file through the core, for tests in other languages and under sanitizers.
 //
 //     sdct_driver CASES RESULTS
+//     sdct_driver --isa         names the instruction set of the CPU path
+//     sdct_driver --gpu         exits 0 where it can run on a GPU
 //
 // CASES: cases one after another, each a header of int64
 //     path (0 emulated kernel, 1 CPU path, 2 GPU), type, rows, blends, slots, tokens, ragged, in_place, d_in, x_stride,
@@ -120,6 +122,14 @@ int main(int argc, char** argv) {
   if (argc == 2 && std::string(argv[1]) == "--isa") {
     std::puts(cpu_isa());
     return 0;
+  }
+  if (argc == 2 && std::string(argv[1]) == "--gpu") {
+#if defined(SDCT_WITH_CUDA)
+    int devices = 0;
+    return cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0 ? 0 : 1;
+#else
+    return 1;
+#endif
   }
   if (argc != 3) fail("usage: sdct_driver CASES RESULTS");
   std::FILE* cases = std::fopen(argv[1], "rb");

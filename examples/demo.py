@@ -36,6 +36,7 @@ from sdct_export.verify import verify  # noqa: E402
 OUT = Path("out")
 EPOCHS = {"package": 3, "kind": 2, "returns": 2}
 LORA_RATE, SDCT_RATE = 3e-3, 2e-2  # each the best of benchmarks/quality.py on the dev split
+HIDDEN = 384
 CHECKED = 300  # test texts per task that also run through the exported bundle
 Encoded = list[tuple[list[int], int]]
 
@@ -97,7 +98,7 @@ def frozen(tasks: list[Task], data: dict[str, tuple[Encoded, Encoded]]) -> Resul
         task.name: ft.frozen_accuracy(*(ft.frozen_features(base, split) for split in data[task.name]))
         for task in tasks
     }
-    return Result("frozen features + linear head", scores, 0)
+    return Result("frozen + linear", scores, 0)
 
 
 def trained(tasks: list[Task], data: dict[str, tuple[Encoded, Encoded]], console: Console) -> list[Result]:
@@ -180,15 +181,19 @@ def table(tasks: list[Task], results: list[Result]) -> Table:
     grid.add_column("method")
     for task in tasks:
         grid.add_column(f"{task.name}\n{len(task.labels)} labels", justify="right")
-    grid.add_column("trained\nparameters", justify="right")
-    grid.add_column("with the heads", justify="right")
-    grid.add_column("adapter file, KB", justify="right")
+    for title in ("trained\nnumbers", "with\nhead", "file with\nhead, KB"):
+        grid.add_column(title, justify="right")
     for result in results:
-        heads = [len(task.labels) * 385 for task in tasks]
-        totals = " / ".join(f"{(result.parameters + head) / 1000:.1f}k" for head in heads)
-        files = " / ".join(f"{size / 1000:.0f}" for size in result.file_bytes.values()) or "-"
+        totals = [(result.parameters + len(task.labels) * (HIDDEN + 1)) / 1000 for task in tasks]
+        files = [size / 1000 for size in result.file_bytes.values()]
         scores = [f"{result.accuracy[task.name]:.3f}" for task in tasks]
-        grid.add_row(result.method, *scores, f"{result.parameters:,}", totals, files)
+        grid.add_row(
+            result.method,
+            *scores,
+            f"{result.parameters:,}",
+            f"{min(totals):.1f}k-{max(totals):.1f}k",
+            f"{min(files):.0f}-{max(files):.0f}" if files else "-",
+        )
     return grid
 
 

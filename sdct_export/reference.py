@@ -1,104 +1,89 @@
 """What torch computes for rows with adapters: the reference every exported graph is compared with.
 
-A row with adapters `k` at scales `s_k` sees, in each adapted module, `W + sum_k s_k dW_k`, and in each saved linear
-module `(1 - sum_k s_k) W + sum_k s_k W_k` (and the same for its bias), summed over the adapters that have the module.
+A row with adapters `k` at scales `s_k` gets from each adapted linear module `y + sum_k s_k x dW_k^T`, and from each
+saved one first `(1 - sum_k s_k) y + sum_k s_k (x W_k^T + b_k)`, summed over the adapters that have the module. The
+modules are hooked, so the model's weights are neither touched nor copied, and no `dW` is formed.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .adapter import SdctAdapter
-from .base import find_linear, is_conv1d, linear_shape, to_torch
+from .base import find_linear, linear_shape, to_torch
+from .graph.trace import run_model
+from .spectrum import sparse_apply
 
-Parts = Sequence[tuple[SdctAdapter, float]]
-
-
-@contextlib.contextmanager
-def adapted(model: nn.Module, parts: Parts) -> Iterator[nn.Module]:
-    """`model` with `parts` (adapter, scale) in the weights of the modules they name; its own parameters come back.
-
-    A weight tied to another module's stays as it is there.
-    """
-    changes: dict[str, Tensor] = {}
-    for path in {path for adapter, _ in parts for path in adapter.modules}:
-        changes[f"{path}.weight"] = _change_of_module(model, path, parts)
-    for name in {name for adapter, _ in parts for name in adapter.saved}:
-        changes[name] = changes.get(name, 0) + _change_of_saved(model.get_parameter(name), name, parts)
-    replaced: list[tuple[nn.Module, str, nn.Parameter | None]] = []
-
-    def replace(name: str, value: Tensor) -> None:
-        path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        replaced.append((module, leaf, getattr(module, leaf)))
-        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
-
-    try:
-        for name, change in changes.items():
-            before = model.get_parameter(name)
-            replace(name, (before.detach().double() + change).to(before.dtype))
-            path = name.removesuffix(".weight")
-            if path != name and getattr(model.get_submodule(path), "bias", None) is None:
-                replace(f"{path}.bias", _missing_bias(before, name, parts))
-        yield model
-    finally:
-        for module, leaf, parameter in replaced:
-            setattr(module, leaf, parameter)
+Rows = Sequence[Sequence[tuple[str, float]]]
 
 
 def run_rows(
-    model: nn.Module,
-    inputs: Mapping[str, Tensor],
-    rows: Sequence[Sequence[tuple[str, float]]],
-    adapters: Mapping[str, SdctAdapter],
+    model: nn.Module, inputs: Mapping[str, Tensor], rows: Rows, adapters: Mapping[str, SdctAdapter]
 ) -> dict[str, Tensor]:
-    """Named outputs where batch row `i` goes through the adapters `rows[i]` (name, scale)."""
-    from .graph.trace import run_model
+    """Named outputs where batch row `i` goes through the adapters `rows[i]` (name, scale).
 
-    results: dict[str, list[Tensor]] = {}
-    for index, row in enumerate(rows):
-        with adapted(model, [(adapters[name], scale) for name, scale in row]):
-            one = {name: value[index : index + 1] for name, value in inputs.items()}
-            for name, value in run_model(model, one).items():
-                results.setdefault(name, []).append(value)
-    return {name: torch.cat(parts) for name, parts in results.items()}
-
-
-def _change_of_module(model: nn.Module, path: str, parts: Parts) -> Tensor:
-    module = find_linear(model, path)
-    shape = linear_shape(module)
-    assert shape is not None
-    total = torch.zeros(shape, dtype=torch.float64)
-    for adapter, scale in parts:
-        if path in adapter.modules:
-            total += scale * adapter.delta_weight(path, shape)
-    return total.T if is_conv1d(module) else total
-
-
-def _change_of_saved(parameter: Tensor, name: str, parts: Parts) -> Tensor:
-    base = parameter.detach().double()
-    total = torch.zeros_like(base)
-    for adapter, scale in parts:
-        if name in adapter.saved:
-            own = torch.full_like(base, _fill(parameter.dtype) if name.endswith(".bias") else 0.0)
-            saved = to_torch(adapter.saved[name])
-            own[: saved.shape[0]] = saved
-            total += scale * (own - base)
-    return total
+    Args:
+        model: a float32 model in eval mode, which every adapter fits.
+        inputs: the model's inputs, `[batch, ...]`.
+        rows: one list of (adapter name, scale) for each batch row, empty for the base.
+        adapters: name -> adapter.
+    """
+    used = [adapters[name] for name in {name for row in rows for name, _ in row}]
+    hooks = []
+    try:
+        saved = {name.rpartition(".")[0] for adapter in used for name in adapter.saved}
+        for path in sorted(saved):
+            hooks.append(find_linear(model, path).register_forward_hook(_head(path, rows, adapters)))
+        for path in sorted({path for adapter in used for path in adapter.modules}):
+            module = find_linear(model, path)
+            shape = linear_shape(module)
+            assert shape is not None
+            hooks.append(module.register_forward_hook(_delta(path, shape[0], rows, adapters)))
+        return run_model(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def _missing_bias(weight: Tensor, name: str, parts: Parts) -> Tensor:
-    """What keeps the labels an adapter lacks from being picked, where the module has no bias to hold it."""
-    total = torch.zeros(weight.shape[0], dtype=weight.dtype)
-    for adapter, scale in parts:
-        if name in adapter.saved:
-            total[adapter.saved[name].shape[0] :] += scale * _fill(weight.dtype)
-    return total
+Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 
 
-def _fill(dtype: torch.dtype) -> float:
-    return float(torch.finfo(dtype).min / 2)
+def _delta(path: str, d_out: int, rows: Rows, adapters: Mapping[str, SdctAdapter]) -> Hook:
+    def hook(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        parts = []
+        for x, own, row in zip(args[0], y, rows, strict=True):
+            for name, scale in row:
+                entries = adapters[name].modules.get(path)
+                if entries is not None:
+                    values = torch.from_numpy(entries.float32(adapters[name].config.scaling))
+                    indices = torch.from_numpy(entries.indices.astype(np.int64))
+                    own = own + sparse_apply(x, values, indices, d_out, scale)
+            parts.append(own)
+        return torch.stack(parts)
+
+    return hook
+
+
+def _head(path: str, rows: Rows, adapters: Mapping[str, SdctAdapter]) -> Hook:
+    def hook(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        parts = []
+        for x, base, row in zip(args[0], y, rows, strict=True):
+            own = base
+            for name, scale in row:
+                weight = adapters[name].saved.get(f"{path}.weight")
+                if weight is not None:
+                    bias = adapters[name].saved.get(f"{path}.bias", np.zeros(len(weight), np.float32))
+                    # labels the adapter lacks can never be picked
+                    changed = torch.full_like(base, torch.finfo(base.dtype).min / 2)
+                    changed[..., : len(weight)] = nn.functional.linear(
+                        x, to_torch(weight).to(x.dtype), to_torch(bias).to(x.dtype)
+                    )
+                    own = own + scale * (changed - base)
+            parts.append(own)
+        return torch.stack(parts)
+
+    return hook

@@ -50,6 +50,8 @@ class OrtBackend:
             raise AdapterFormatError(f"{model} is missing; copy the whole bundle or export it again")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors reach the user as exceptions, not as log lines beside them
+        # the portable body's matrices are copied into every node; adapters on all layers of a large model exceed 1 GiB
+        options.add_session_config_entry("session.function_expansion_byte_limit", str(1 << 40))
         native.register_operator(options)
         if threads is not None:
             options.intra_op_num_threads = threads

@@ -3,8 +3,8 @@
 `SpectralDelta` (one overload a signature) calls `Dct`, `Idct` and `DctPlace` (one overload a length), which alone hold
 the transform matrices, so that a file stores each matrix once however many layers use it. ONNX Runtime inlines all
 functions when it loads a model; in memory every node then has matrices of its own, small for being factorised
-(about 4 MB a node for query and value projections 4096 x 4096). It stops at 1 GiB of them, which adapters on all layers
-of a model beyond 8B can need; raise the session option `session.function_expansion_byte_limit` then, as `runtime` does.
+(about 4 MB a node for query and value projections 4096 x 4096). It stops at 1 GiB, which adapters on all layers of a
+model beyond 8B can need; raise the session option `session.function_expansion_byte_limit` then, as `runtime` does.
 
 **Transform.** With `v` = even samples of `x` rising, odd samples falling, `X[k] = s_k Re(e^{-i pi k / 2N} DFT(v)[k])`
 and `X[N-k] = -s_k Im(...)` (Makhoul, IEEE Trans. ASSP 28, 1980). For `N = N1 N2`, `n = N2 n1 + n2`, `k = k1 + N1 k2`

@@ -43,7 +43,7 @@ def load_base(
     logging = transformers.utils.logging
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # missing and mismatched tensors are dealt with below, not in transformers' own table
+    logging.set_verbosity_error()  # missing and mismatched tensors are dealt with below, not in a table of its own
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         loader = model_class(config, task_type)

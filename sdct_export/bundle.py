@@ -23,6 +23,7 @@ from .files import check_adapter_name
 
 BUNDLE_FILE = "sdct_bundle.json"
 MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
 ADAPTERS_FOLDER = "adapters"
 PROBE_FILE = "probe.safetensors"
 BUNDLE_VERSION = 1
@@ -53,7 +54,7 @@ class Bundle:
     `kind` is `multi` or `merged`; `base_hash` is `adapter.base_hash` over all modules of `groups` (multi) with weights
     cast to `base_hash_dtype`; `module_digests` (dtype name -> module -> digest, from `base.model_digests`) lets an
     adapter's own base hash be compared when it is loaded later; `inputs` are the model's own, without the adapter
-    inputs; `model_sha256` is of `model.onnx` itself.
+    inputs; `model_sha256` is of `model.onnx` itself, `data_sha256` of the weights in `model.onnx.data`.
     """
 
     kind: str
@@ -70,6 +71,7 @@ class Bundle:
     heads: tuple[Head, ...] = ()
     adapters: Mapping[str, AdapterRecord] = dataclasses.field(default_factory=dict)
     module_digests: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    data_sha256: str | None = None
     path: Path = dataclasses.field(default=Path(), compare=False)
 
     @classmethod
@@ -160,6 +162,8 @@ def _parse(raw: dict[str, Any]) -> dict[str, Any]:
     for name in ("kind", "task", "dtype", "base_name", "base_architecture", "base_hash", "base_hash_dtype"):
         _text(raw[name], name)
     _text(raw["model_sha256"], "model_sha256")
+    if raw["data_sha256"] is not None:
+        _text(raw["data_sha256"], "data_sha256")
     if raw["kind"] not in ("multi", "merged"):
         raise ValueError(f"kind must be multi or merged, got {raw['kind']!r}")
     for name in ("dtype", "base_hash_dtype"):

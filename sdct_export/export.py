@@ -17,6 +17,7 @@ from .adapter_io import CONFIG_FILE, WEIGHTS_FILE
 from .base import check_base, find_linear, linear_shape, load_base, model_digests, model_hash, to_numpy
 from .bundle import (
     ADAPTERS_FOLDER,
+    DATA_FILE,
     MODEL_FILE,
     PROBE_FILE,
     AdapterRecord,
@@ -303,7 +304,7 @@ def _write(
     adapters: Mapping[str, AdapterRecord],
 ) -> None:
     """Write the graph with its weights beside it, the base's small files, and the description."""
-    ir.save(graph, folder / MODEL_FILE, external_data=f"{MODEL_FILE}.data")
+    ir.save(graph, folder / MODEL_FILE, external_data=DATA_FILE)
     config = getattr(base.model, "config", None)
     if config is not None:
         config.architectures = [type(base.model).__name__]
@@ -323,6 +324,7 @@ def _write(
         inputs=_specs(graph.graph.inputs[:own_inputs]),
         outputs=_specs(graph.graph.outputs),
         model_sha256=file_sha256(folder / MODEL_FILE),
+        data_sha256=file_sha256(folder / DATA_FILE) if (folder / DATA_FILE).exists() else None,
         groups=tuple(groups),
         heads=tuple(heads),
         adapters=adapters,

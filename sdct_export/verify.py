@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .adapter import Array, SdctAdapter
-from .bundle import PROBE_FILE, Bundle, file_sha256
+from .bundle import DATA_FILE, PROBE_FILE, Bundle, file_sha256
 from .errors import BaseMismatchError, SdctError
 from .probe import Probe, Row
 from .runtime import MultiAdapterModel
@@ -99,12 +99,18 @@ def label_padding(bundle: Bundle) -> float:
 
 
 def _files(bundle: Bundle) -> Iterator[Check]:
-    try:
-        same = file_sha256(bundle.model_path) == bundle.model_sha256
-        detail = "sha256 as recorded" if same else "differs from what was exported (sha256); export the bundle again"
-        yield Check(f"file {bundle.model_path.name}", same, detail)
-    except OSError as error:
-        yield Check(f"file {bundle.model_path.name}", False, f"cannot be read: {error.strerror or error}")
+    recorded = {bundle.model_path: bundle.model_sha256}
+    if bundle.data_sha256 is not None:
+        recorded[bundle.path / DATA_FILE] = bundle.data_sha256
+    for path, sha256 in recorded.items():
+        try:
+            same = file_sha256(path) == sha256
+            detail = (
+                "sha256 as recorded" if same else "differs from what was exported (sha256); export the bundle again"
+            )
+            yield Check(f"file {path.name}", same, detail)
+        except OSError as error:
+            yield Check(f"file {path.name}", False, f"cannot be read: {error.strerror or error}")
     for name in bundle.adapters:
         try:
             bundle.check_adapter(name)

@@ -288,7 +288,7 @@ def test_a_merged_bundle_verifies(exported: Exported) -> None:
     report = verify(exported.merged, exported.checkpoint)
     assert failed(report) == []
     assert [check.name for check in report.checks] == [
-        "file model.onnx", "recorded base", "base model", "effect of merging",
+        "file model.onnx", "file model.onnx.data", "recorded base", "base model", "effect of merging",
     ]  # fmt: skip
 
 
@@ -324,10 +324,21 @@ def test_changed_weights_of_the_graph_are_found(exported: Exported, tmp_path: Pa
     tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
     (folder / "model.onnx.data").unlink(missing_ok=True)
     onnx.save(model, folder / "model.onnx")
-    assert failed(verify(folder)) == ["file model.onnx"]
-    edit_description(folder, lambda raw: raw.update(model_sha256=file_sha256(folder / "model.onnx")))
+    assert failed(verify(folder)) == ["file model.onnx", "file model.onnx.data"]
+    digest = file_sha256(folder / "model.onnx")
+    edit_description(folder, lambda raw: raw.update(model_sha256=digest, data_sha256=None))
     assert "recorded base" in failed(verify(folder))
     assert "torch base" in failed(verify(folder, exported.model))
+
+
+def test_one_changed_bit_of_the_weights_file_is_found(exported: Exported, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(exported.multi, folder)
+    path = folder / "model.onnx.data"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(data)
+    assert failed(verify(folder)) == ["file model.onnx.data"]
 
 
 def test_one_changed_coefficient_of_an_exported_bundle_fails(exported: Exported, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ import finetuning as ft  # noqa: E402
 from docstrings import Task, load_tasks  # noqa: E402
 
 EPOCHS = {"package": 3, "kind": 2, "returns": 2}  # as in the demo
-RATES = {"lora": (1e-3, 3e-3, 1e-2), "sdct": (1e-2, 2e-2, 4e-2, 8e-2)}
+RATES = {"lora": (1e-3, 3e-3, 1e-2), "sdct": (1e-2, 2e-2, 4e-2, 8e-2, 1.6e-1)}
 VARIANTS = (
     {"n_coefficients": 350},
     {"n_coefficients": 1400},

@@ -48,7 +48,7 @@ def load_tasks() -> list[Task]:
     """`package`: which of 32 packages; `kind`: module, class, function or method; `returns`: a value or nothing."""
     docs = list(read_docstrings())
     return [
-        _task("package", "which package is it from?", docs, train=2700),
+        _task("package", "which package is it from?", docs, train=2000),
         _task("kind", "what kind of object is it?", docs, train=1600, most_per_label=900),
         _task("returns", "does the function return a value?", docs, train=1600, most_per_label=1700),
     ]

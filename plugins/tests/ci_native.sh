@@ -75,6 +75,10 @@ fi
 
 build build/native -DSDCT_CUDA=OFF
 check "" build/native tests/test_native_core.py tests/test_native.py
+# every model family through the operator (`make test` runs them through the portable body where no operator is installed)
+if [ -f build/native/libsdct_onnxruntime.so ]; then
+  check "" build/native tests/test_export.py -n "$JOBS" --dist loadscope
+fi
 
 if command -v nvcc >/dev/null; then
   build build/cuda -DSDCT_TESTS=OFF -DCMAKE_CUDA_ARCHITECTURES="${CUDA_ARCHITECTURES:-75-real;90a-real}"

@@ -25,6 +25,7 @@ from sdct_export.adapter import Array, SdctEntries
 from sdct_export.bundle import Bundle, file_sha256
 from sdct_export.errors import BaseMismatchError, ConfigError, OutputError, UnsupportedError
 from sdct_export.graph.trace import sample_inputs
+from sdct_export.native import find_library, register_operator
 from sdct_export.probe import Probe
 
 ROWS = [{"a": 1.0}, {}, {"b": 1.0}, {"a": 0.5, "b": 0.5}, {"c": -0.75, "b": 0.5, "a": 0.25}]
@@ -46,9 +47,15 @@ class Exported:
         return named(self.multi, arrays)
 
 
-def session(path: Path) -> onnxruntime.InferenceSession:
+# the operator joins where it is installed or built (SDCT_LIBRARY_PATH); test_native says so where it is not
+BACKENDS = ["portable", *(["operator"] if find_library("sdct_onnxruntime") else [])]
+
+
+def session(path: Path, backend: str = "portable") -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
+    if backend == "operator":
+        assert register_operator(options)
     return onnxruntime.InferenceSession(str(path), options)
 
 
@@ -86,9 +93,11 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exporte
     return functools.cache(lambda name: make(FAMILIES[name], tmp_path_factory.mktemp(name)))
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+@pytest.fixture(scope="session", params=[(name, backend) for name in FAMILIES for backend in BACKENDS], ids="-".join)
 def exported(request: pytest.FixtureRequest, exports: Callable[[str], Exported]) -> Exported:
-    return exports(request.param)
+    name, backend = request.param
+    made = exports(name)
+    return dataclasses.replace(made, multi=session(made.bundle.model_path, backend))
 
 
 @pytest.fixture(scope="session")

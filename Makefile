@@ -13,7 +13,7 @@ help:
 	@echo 'make demo      train, export, run and verify adapters on a real model (a few minutes)'
 	@echo 'make test      run the tests; ARGS="--slow -k merge" passes options to pytest'
 	@echo 'make quality   check style and types; make style repairs what can be repaired'
-	@echo 'make bench     run every benchmark'
+	@echo 'make bench     run the benchmarks that take a few minutes and name the longer ones'
 	@echo 'make gpu       run what needs an NVIDIA GPU; every piece whose dependency is missing says so'
 	@echo 'make clean     remove .venv and caches'
 	@echo 'PYTHON=python3.12 chooses the interpreter for .venv (3.10 or newer)'
@@ -34,8 +34,11 @@ quality: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+QUICK_BENCHMARKS := benchmarks/operator_cpu.py benchmarks/function_body.py benchmarks/training.py
 bench: $(STAMP)
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	@set -e; for script in $(QUICK_BENCHMARKS); do echo "== $$script"; $(BIN)/python "$$script"; done
+	@echo 'Not run, for they take up to half an hour or several GB of disk (see benchmarks/README.md):'
+	@printf '  $(BIN)/python %s\n' $(filter-out $(QUICK_BENCHMARKS),$(wildcard benchmarks/*.py))
 
 gpu: $(STAMP)
 	$(BIN)/python -m pytest tests/gpu -rs $(ARGS)

@@ -1,0 +1,158 @@
+"""The kernels on a GPU against scipy in float64: the cases of test_native_core.py, and what only a GPU can show."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import native_cases
+import numpy as np
+import pytest
+from native_cases import CUDA, DTYPES, Array, Case, check, make, run
+from native_gpu import Gpu, OnDevice
+from test_native_core import (
+    DESIGN_SIZES,
+    test_a_token_does_not_depend_on_the_others,
+    test_design_sizes,
+    test_empty_problems,
+    test_every_small_length,
+    test_half_types_round_once_to_nearest_even,
+    test_half_types_survive_every_value,
+    test_hostile_banks_and_ids_stay_inside,
+    test_random_shapes_types_and_maps,
+)
+
+__all__ = [  # run here on the GPU, by the fixture `engine` below
+    "test_a_token_does_not_depend_on_the_others",
+    "test_design_sizes",
+    "test_empty_problems",
+    "test_every_small_length",
+    "test_half_types_round_once_to_nearest_even",
+    "test_half_types_survive_every_value",
+    "test_hostile_banks_and_ids_stay_inside",
+    "test_random_shapes_types_and_maps",
+]
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def engine(native: Path, tmp_path: Path) -> Callable[[list[Case]], list[list[Array]]]:
+    """Runs cases on the GPU."""
+
+    def execute(cases: list[Case]) -> list[list[native_cases.Array]]:
+        for case in cases:
+            case.path = CUDA
+        return run(native / "sdct_driver", cases, tmp_path)
+
+    return execute
+
+
+def sorted_hostile(rng: np.random.Generator, dtype: np.dtype, d_in: int, d_out: list[int], n: int) -> Case:
+    """Indices and ids out of range, rows ascending as the contract asks: every sum is defined."""
+    case = make(rng, dtype, d_in, d_out, rows=3, tokens_per_row=4, blends=2, capacity=[n] * len(d_out))
+    extremes = np.array([-(2**31), -1, 2**31 - 1, 2**30, d_in, max(d_out)], np.int64)
+    case.values[1:] = rng.standard_normal(case.values[1:].shape)
+    for slot in case.indices[1:]:
+        bad = rng.random(slot.shape) < 0.3
+        slot[bad] = rng.choice(extremes, int(bad.sum())).astype(np.int32)
+        for at in range(0, n * len(d_out), n):
+            part = slot[at : at + n]
+            part[:] = part[np.argsort(part[:, 0], kind="stable")]
+    case.ids[:] = [[1, 2**31 - 1], [-(2**31), -1], [len(case.values), 2]]
+    case.token_row = rng.choice([-(2**31), -1, 0, 1, 2, 3, 2**31 - 1], len(case.x)).astype(np.int32)
+    case.token_row[:2] = [0, 2]
+    return case
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hostile_entries_count_as_nothing(engine, dtype):
+    rng = np.random.default_rng(40)
+    cases = [sorted_hostile(rng, dtype, d, [e, 96], n) for d, e, n in [(64, 96, 50), (33, 35, 60), (1024, 768, 1100)]]
+    assert all(check(case, got) for case, got in zip(cases, engine(cases), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_groups_of_real_models(engine, dtype):
+    """q, k, v and gate, up of real sizes: many tokens, ragged rows, blends, in place."""
+    rng = np.random.default_rng(41)
+    cases = []
+    for d_in, d_out in [(4096, [4096, 1024, 1024]), (896, [896, 128]), (3072, [8192, 8192]), (2048, [11008])]:
+        for ragged in (False, True):
+            case = make(
+                rng,
+                dtype,
+                d_in,
+                d_out,
+                rows=9,
+                tokens_per_row=5,
+                blends=2,
+                capacity=[1000] * len(d_out),
+                ragged=ragged,
+            )
+            # no adapter twice in a row: scales that cancel would leave rounding alone to be compared
+            case.ids[:] = [[1, 2], [0, 3], [0, 0], [3, 1], [2, 0], [1, 3], [2, 3], [3, 2], [1, 0]]
+            case.in_place = ragged
+            cases.append(case)
+    assert all(check(case, got) for case, got in zip(cases, engine(cases), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lengths_beyond_shared_memory(engine, dtype):
+    """These run in global memory: long powers of two, a long prime, and one long side."""
+    rng = np.random.default_rng(42)
+    shapes = [(65536, [64]), (64, [65536]), (20011, [33]), (40009, [40000])]
+    cases = [make(rng, dtype, d_in, d_out, rows=2, tokens_per_row=2, capacity=[300]) for d_in, d_out in shapes]
+    # sums of 40009 terms, as direct sums of a prime radix: the rounding grows with the root of the length
+    results = zip(cases, engine(cases), strict=True)
+    assert all(check(case, got, tolerance=1e-4 if case.x.shape[1] % 2 else 1e-5) for case, got in results)
+
+
+@pytest.mark.parametrize("n", [*DESIGN_SIZES, 101, 65536])
+def test_graphs_and_streams_give_the_same_bits(gpu: Gpu, n: int) -> None:
+    """Captured, and from four threads at once on streams of their own."""
+    rng = np.random.default_rng(43)
+    case = make(rng, DTYPES[1], n, [n], rows=4, tokens_per_row=3, blends=2, capacity=[700])
+    case.ids[:] = [[1, 2], [0, 0], [3, 3], [2, 0]]
+    node, plain, captured = gpu.node(case), OnDevice(gpu, case), OnDevice(gpu, case)
+    node.run(plain.problem)
+    (expected,) = plain.results()
+    assert check(case, [expected])
+    node.run(captured.problem, captured=True)
+    assert captured.results()[0].tobytes() == expected.tobytes()
+
+    copies, failures = [OnDevice(gpu, case) for _ in range(4)], []
+
+    def client(own: OnDevice) -> None:
+        try:
+            for _ in range(10):
+                node.run(own.problem)
+        except RuntimeError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=client, args=(own,)) for own in copies]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert all(own.results()[0].tobytes() == expected.tobytes() for own in copies)
+
+
+def test_many_tokens_and_many_adapters(gpu: Gpu) -> None:
+    """8192 tokens of 64 rows with 2000 adapters resident; a row's numbers do not depend on the size of the call."""
+    rng = np.random.default_rng(44)
+    case = make(rng, DTYPES[2], 512, [512, 128], rows=64, tokens_per_row=128, slots=2001, capacity=[100, 100])
+    case.ids[:, 0] = 1 + rng.permutation(2000)[:64]
+    large = OnDevice(gpu, case)
+    gpu.node(case).run(large.problem)
+    results = large.results()
+    assert check(case, results)
+    part = copy.copy(case)
+    part.ids, part.scales, part.x = case.ids[63:], case.scales[63:], case.x[-128:]
+    part.y = [y[-128:] for y in case.y]
+    small = OnDevice(gpu, part)
+    gpu.node(part).run(small.problem)
+    for a, b in zip(results, small.results(), strict=True):
+        assert a[-128:].tobytes() == b.tobytes()

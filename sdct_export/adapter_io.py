@@ -81,7 +81,7 @@ def load_adapter(path: str | Path) -> SdctAdapter:
             raise AdapterFormatError(f"{weights}: {name} has no matching {VALUES_SUFFIX[1:]}; save the adapter again")
         if name.endswith((VALUES_SUFFIX, INDICES_SUFFIX)):
             continue
-        if not any(config.saves(name.rsplit(".", depth)[0]) for depth in range(1, name.count(".") + 1)):
+        if not _saves(config, name):
             raise AdapterFormatError(
                 f"{weights}: unknown tensor {name!r}: not an sDCT entry and not part of modules_to_save "
                 f"({list(config.modules_to_save or [])}) in {CONFIG_FILE}"
@@ -110,9 +110,16 @@ def save_adapter(adapter: SdctAdapter, path: str | Path) -> None:
     """Write an adapter folder, complete or not at all. The same adapter always gives the same bytes.
 
     Raises:
+        AdapterFormatError: its config does not name what it saves, so that the folder would not load.
         OutputError: `path` exists already, or writing failed.
     """
     tensors: dict[str, Array] = dict(adapter.saved)
+    for name in tensors:
+        if not _saves(adapter.config, name):
+            raise AdapterFormatError(
+                f"saved parameter {name!r} is not part of modules_to_save "
+                f"({list(adapter.config.modules_to_save or [])}) in the adapter's config; name its module there"
+            )
     for module, entries in adapter.modules.items():
         tensors[module + VALUES_SUFFIX] = entries.values
         tensors[module + INDICES_SUFFIX] = entries.indices
@@ -123,6 +130,11 @@ def save_adapter(adapter: SdctAdapter, path: str | Path) -> None:
     with new_folder(path) as folder:
         (folder / CONFIG_FILE).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
         (folder / WEIGHTS_FILE).write_bytes(encode_safetensors(tensors))
+
+
+def _saves(config: SdctConfig, parameter: str) -> bool:
+    """Whether `modules_to_save` names a module that `parameter` belongs to."""
+    return any(config.saves(parameter.rsplit(".", depth)[0]) for depth in range(1, parameter.count(".") + 1))
 
 
 def read_safetensors(path: Path) -> dict[str, Array]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ def load_base(
     Parameters the checkpoint lacks (a fresh task head) are set to zero, so that two loads give the same model.
 
     Raises:
-        BaseMismatchError: the folder is no model checkpoint, or its head has another size than asked for.
+        BaseMismatchError: the folder is no model checkpoint or lacks weights of the model's body, or its head has
+            another size than asked for.
     """
     import transformers
 
@@ -62,10 +63,22 @@ def load_base(
             f"the checkpoint {path} has a trained tensor of another size than needed: {mismatched[0]}; "
             f"adapters with heads of {num_labels} labels need a base without a trained head of another size"
         )
+    lost = _lost(model, info["missing_keys"])
+    if lost:
+        raise BaseMismatchError(
+            f"the checkpoint {path} lacks {len(lost)} weights of its {type(model).__name__} (e.g. {lost[0]!r}); copy "
+            "the whole checkpoint"
+        )
     with torch.no_grad():
         for key in info["missing_keys"]:
             model.get_parameter(key).zero_()
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _lost(model: Any, missing: Iterable[str]) -> list[str]:
+    """The parameters in `missing` that no sound checkpoint leaves out: those of the model's body, but for a pooler."""
+    body = {id(parameter) for name, parameter in model.base_model.named_parameters() if not name.startswith("pooler.")}
+    return sorted(key for key in missing if id(model.get_parameter(key)) in body)
 
 
 def model_class(config: Any, task_type: str | None) -> Any:

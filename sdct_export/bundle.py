@@ -28,6 +28,7 @@ ADAPTERS_FOLDER = "adapters"
 PROBE_FILE = "probe.safetensors"
 BUNDLE_VERSION = 1
 MAX_BUNDLE_BYTES = 64 << 20
+TENSOR_DTYPES = (*DTYPE_NAMES, "bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +188,9 @@ def _tensor(raw: dict[str, Any]) -> TensorSpec:
     for extent in raw["shape"]:
         if isinstance(extent, bool) or not isinstance(extent, int | str):
             raise ValueError(f"a shape holds integers and names, got {extent!r}")
-    return TensorSpec(_text(raw["name"], "name"), _text(raw["dtype"], "dtype"), tuple(raw["shape"]))
+    if raw["dtype"] not in TENSOR_DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(TENSOR_DTYPES)}, got {raw['dtype']!r}")
+    return TensorSpec(_text(raw["name"], "name"), raw["dtype"], tuple(raw["shape"]))
 
 
 def _group(raw: dict[str, Any]) -> Group:

@@ -342,6 +342,8 @@ def _shards(index: Mapping[str, Any], path: Path) -> list[str]:
     placed = index.get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise BaseMismatchError(f"{path} has no weight_map; copy the checkpoint again")
+    if not isinstance(index.get("metadata") or {}, dict):
+        raise BaseMismatchError(f"{path}: metadata must be an object; copy the checkpoint again")
     for key, file in placed.items():
         if not isinstance(file, str) or file != Path(file).name or not file.endswith(".safetensors"):
             raise BaseMismatchError(f"{path} places {key!r} in {file!r}, which is no safetensors file beside it")

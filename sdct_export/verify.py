@@ -134,7 +134,12 @@ def _numbers(bundle: Bundle, model: str | Path | nn.Module | None, device: str) 
 
 
 def _run(runner: MultiAdapterModel, inputs: Mapping[str, Array], rows: Sequence[Row]) -> dict[str, Array]:
-    return runner.run(inputs, None if runner.bundle.kind == "merged" else [dict(row) for row in rows])
+    if runner.bundle.kind == "merged":
+        return runner.run(inputs)
+    selections = []
+    for row in rows:  # the probe of a bundle with one adapter blends it with itself
+        selections.append({name: sum(scale for other, scale in row if other == name) for name, _ in row})
+    return runner.run(inputs, selections)
 
 
 def _measured(bundle: Bundle, name: str, error: float, what: str) -> Check:

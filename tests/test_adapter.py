@@ -246,6 +246,13 @@ def test_check_fit_names_both_shapes() -> None:
 # outputs are complete or absent
 
 
+def test_an_adapter_that_would_not_load_again_is_not_saved(tmp_path: Path) -> None:
+    adapter = dataclasses.replace(golden(), config=SdctConfig(["query"], modules_to_save=["score"]))
+    with pytest.raises(AdapterFormatError, match=r"'classifier\.bias' is not part of modules_to_save \(\['score'\]\)"):
+        adapter.save(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_existing_output_is_refused_and_left_alone(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()

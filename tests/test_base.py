@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import ml_dtypes
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from make_adapters import random_adapter
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 from transformers.pytorch_utils import Conv1D
@@ -151,6 +153,19 @@ def test_load_base_says_why_it_cannot(checkpoint: Path, tmp_path: Path) -> None:
     load_base(checkpoint, "SEQ_CLS", num_labels=3).save_pretrained(tmp_path / "tuned")
     with pytest.raises(BaseMismatchError, match="trained tensor of another size"):
         load_base(tmp_path / "tuned", "SEQ_CLS", num_labels=4)
+
+
+def test_load_base_refuses_an_incomplete_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "part")
+    weights = tmp_path / "part" / "model.safetensors"
+    tensors = load_file(weights)
+    for task in (None, "SEQ_CLS"):
+        save_file({k: v for k, v in tensors.items() if "intermediate" not in k}, weights, metadata={"format": "pt"})
+        with pytest.raises(BaseMismatchError, match=r"lacks 2 weights .*intermediate\.dense.*copy the whole"):
+            load_base(tmp_path / "part", task)
+        # a pooler, which pretraining does not always leave behind, counts as a part of the head
+        save_file({k: v for k, v in tensors.items() if "pooler" not in k}, weights, metadata={"format": "pt"})
+        assert load_base(tmp_path / "part", task).base_model.pooler.dense.weight.abs().max() == 0
 
 
 def test_load_base_refuses_a_damaged_checkpoint(checkpoint: Path, tmp_path: Path) -> None:

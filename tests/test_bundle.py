@@ -66,6 +66,8 @@ WRONG: dict[str, tuple[tuple[str | int, ...], object, str]] = {
     "dtype unhashable": (("dtype",), [], "dtype must be a string"),
     "hash": (("model_sha256",), None, "model_sha256 must be a string"),
     "input shape": (("inputs", 0, "shape", 0), 1.5, "integers and names"),
+    "input dtype": (("inputs", 0, "dtype"), "x", "dtype must be one of"),
+    "input dtype unhashable": (("inputs", 0, "dtype"), [], "dtype must be one of"),
     "input name": (("inputs", 0, "name"), 1, "name must be a string"),
     "d_in": (("groups", 0, "d_in"), 0, "positive integer"),
     "d_out": (("groups", 0, "d_out", 0), "8", "positive integer"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from tiny_bundle import make_adapter, make_inputs, reference, write_bundle
 
 from sdct_export import SdctAdapter, SdctConfig, get_sdct_model
 from sdct_export.cli import main
-from sdct_export.cli.output import printable
+from sdct_export.cli.output import print_json, print_table, printable
 
 COMMANDS = ("project", "inspect", "verify", "build", "run", "doctor")
 
@@ -148,6 +149,16 @@ def test_text_from_files_cannot_control_the_terminal(tmp_path: Path) -> None:
     assert "x\\x1b[2J\\ud800[bold]" in text
     assert "\x1b" not in text
     assert printable("tab\tline\nü") == "tab\\tline\nü"
+
+
+def test_json_has_no_numbers_that_json_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": [1.5, math.inf, (-math.inf, math.nan, None, "NaN", True)]})
+    assert json.loads(capsys.readouterr().out) == {"a": [1.5, None, [None, None, None, "NaN", True]]}
+
+
+def test_a_closed_standard_output_is_no_crash(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    print_table(["a"], [("b",)])
 
 
 # run, on a hand-made bundle with a known answer

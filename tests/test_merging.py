@@ -461,6 +461,8 @@ def damage(folder: Path, how: str) -> None:
         index.write_text("{}")
     elif how == "index not json":
         index.write_text("{")
+    elif how == "index with other metadata":
+        index.write_text(json.dumps(raw | {"metadata": "x"}))
     elif how == "index escapes":
         raw["weight_map"][key] = "../../etc/passwd.safetensors"
         index.write_text(json.dumps(raw))
@@ -489,6 +491,7 @@ DAMAGES = {
     "shard missing": "missing",
     "index without map": "weight_map",
     "index not json": "JSON",
+    "index with other metadata": "metadata must be an object",
     "index escapes": "beside it",
     "index wrong": "no.such.weight",
     "two shards": "two shards",

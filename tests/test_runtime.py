@@ -217,6 +217,7 @@ MASK = np.ones((1, 3), np.int64)
         ({"input_ids": IDS, "attention_mask": np.ones((2, 3), int)}, "dimension 0 is 2, but input 'input_ids' has 1"),
         ({"input_ids": IDS * 1.0, "attention_mask": MASK}, "must be int64; it is float64"),
         ({"input_ids": [["a", "b"]], "attention_mask": MASK}, "must be int64; it is <U1"),
+        ({"input_ids": IDS - 100, "attention_mask": MASK}, r"'input_ids' holds -\d+; .* not be negative"),
         ({"input_ids": [[1], [2, 3]], "attention_mask": MASK}, "not a rectangular array"),
         ({"input_ids": IDS + 2j, "attention_mask": MASK}, "must be int64; it is complex128"),
     ],

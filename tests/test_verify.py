@@ -203,6 +203,16 @@ def test_more_adapters_than_rows_in_a_batch(tmp_path: Path) -> None:
     assert sum(check.name.startswith("effect of") for check in report.checks) == 17
 
 
+def test_a_probe_may_name_an_adapter_twice_in_a_row(folder: Path) -> None:
+    path = folder / "probe.safetensors"
+    probe = Probe.read(path)
+    one = next(case for case in probe.cases if case.name == "one")
+    twice = Case("blend", ((("one", 0.25), ("one", 0.75)),) * 3, one.outputs)
+    path.unlink()
+    Probe(probe.inputs, (*probe.cases, twice), probe.indices, probe.shapes).write(path)
+    assert failed(verify(folder)) == []
+
+
 def test_a_folder_that_is_no_bundle_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(AdapterFormatError, match="is no bundle"):
         verify(tmp_path)

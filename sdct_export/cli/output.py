@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -28,14 +29,22 @@ class Main(click.Group):
 
 
 def print_json(value: object) -> None:
-    """`value` as one JSON document on standard output."""
-    click.echo(json.dumps(value, indent=2))
+    """`value` as one JSON document on standard output; NaN and infinite numbers, which JSON lacks, become null."""
+    click.echo(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> None:
     """A table on a terminal, its columns `right` aligned right; tab-separated lines in a pipe."""
     cells = [[printable(str(cell)) for cell in row] for row in rows]
-    if not sys.stdout.isatty():
+    if not (sys.stdout and sys.stdout.isatty()):  # None where the caller has closed it
         for row in [list(columns), *cells]:
             click.echo("\t".join(row))
         return
@@ -59,7 +68,7 @@ def printable(text: str) -> str:
 @contextlib.contextmanager
 def busy(what: str) -> Iterator[None]:
     """Show a spinner on standard error while the block runs, on a terminal only."""
-    if not sys.stderr.isatty():
+    if not (sys.stderr and sys.stderr.isatty()):
         yield
         return
     from rich.console import Console

@@ -236,6 +236,8 @@ def _check_inputs(specs: Sequence[TensorSpec], inputs: Mapping[str, Array]) -> t
                     f"input {spec.name!r} has shape {list(array.shape)}, expected {shape}: dimension {axis} is "
                     f"{size}, but {source} has {wanted}"
                 )
+        if array.dtype.kind == "i" and (smallest := int(array.min())) < 0:  # ONNX counts from the end of a table
+            raise ConfigError(f"input {spec.name!r} holds {smallest}; token ids and masks must not be negative")
         feeds[spec.name] = array
     batch = sizes.get(contract.BATCH)
     return feeds, batch[0] if batch else feeds[names[0]].shape[0]

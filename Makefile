@@ -41,8 +41,9 @@ bench: $(STAMP)
 	@printf '  $(BIN)/python %s\n' $(filter-out $(QUICK_BENCHMARKS),$(wildcard benchmarks/*.py))
 
 gpu: $(STAMP)
-	$(BIN)/python -m pytest tests/gpu -rs $(ARGS)
-	@if [ -f benchmarks/gpu/run.py ]; then $(BIN)/python benchmarks/gpu/run.py; fi
+	@mkdir -p build/gpu; rm -f build/gpu/tests.xml build/gpu/engine_checks.json; failed=0; \
+	$(BIN)/python -m pytest tests/gpu -rs --junitxml=build/gpu/tests.xml $(ARGS) || failed=1; \
+	$(BIN)/python benchmarks/gpu/run.py || failed=1; exit $$failed
 
 # installed again only when what it is made from changes
 $(STAMP): pyproject.toml constraints.txt

@@ -1,11 +1,13 @@
-"""Build and run real engines on a GPU: `python engine_check.py CASES`, with the cases of make_engine_cases.py.
+"""Build and run real engines on a GPU: `python engine_check.py CASES [RESULT]`, with make_engine_cases.py's cases.
 
 Needs numpy, ml_dtypes, safetensors, cuda-python and tensorrt (8.5 on; Python 3.10 is enough), and SDCT_LIBRARY_PATH
-with the plugin library. No torch, no pytest. Prints one line a check, exits 1 where one fails.
+with the plugin library. No torch, no pytest. Prints one line a check, writes them to the JSON file RESULT, exits 1
+where one fails.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import time
@@ -32,12 +34,12 @@ PLANS = {
 # of the largest output; TF32 is off. float16 rounds every layer, each runtime in its own places
 TOLERANCE = {"float32": 2e-4, "float16": 3e-2}
 MANY = 2000
-failed = 0
+checks: list[dict[str, object]] = []
+figures: dict[str, float] = {}
 
 
 def check(what: str, passed: bool, detail: str = "") -> None:
-    global failed
-    failed += not passed
+    checks.append({"what": what, "passed": bool(passed), "detail": detail})
     print("ok  " if passed else "FAIL", what, detail, flush=True)
 
 
@@ -74,7 +76,7 @@ def run_case(folder: Path) -> None:
         profile=Profile(batch=(1, 3, 32), sequence=(1, 6, 16), slots=(2, 256, 2048)),
         timing_cache=folder.parent / "timings.bin",
     )
-    print(f"     {case} built in {time.perf_counter() - start:.1f} s")
+    figures[f"{case} built in s"] = time.perf_counter() - start
     model = MultiAdapterModel(bundle, backend="tensorrt", max_slots=2048)
     with np.load(folder / "expected.npz") as file:
         expected = dict(file)
@@ -127,7 +129,7 @@ def check_traffic(case: str, bundle: Bundle, model: MultiAdapterModel, inputs: d
     for thread in threads:
         thread.join()
     check(f"{case} loading under traffic changes no running request", not wrong, str(wrong[:1]))
-    print(f"     {case} loading an adapter: median {1e3 * float(np.median(times)):.2f} ms")
+    figures[f"{case} loading an adapter under traffic, ms"] = 1e3 * float(np.median(times))
 
 
 def check_many(case: str, bundle: Bundle, model: MultiAdapterModel, inputs: dict, base: dict) -> None:
@@ -144,16 +146,24 @@ def check_many(case: str, bundle: Bundle, model: MultiAdapterModel, inputs: dict
     check(f"{case} the base is still the base", same(model.run(inputs), base))
 
 
-def main(folder: Path) -> int:
+def main(folder: Path, result: Path | None = None) -> int:
+    import tensorrt
+
     for case in sorted(path.parent for path in folder.glob("*/expected.npz")):
         try:
             run_case(case)
         except (SdctError, AssertionError) as error:
             traceback.print_exc()
             check(f"{case.name} runs", False, str(error))
-    print(f"{failed} failed")
-    return 1 if failed else 0
+        if result is not None:
+            report = {"tensorrt": tensorrt.__version__, "checks": checks, "figures": figures}
+            result.write_text(json.dumps(report, indent=1) + "\n")
+    for what, value in figures.items():
+        print(f"     {what}: {value:.2f}")
+    failed = sum(not one["passed"] for one in checks)
+    print(f"{len(checks)} checks, {failed} failed")
+    return 1 if failed or not checks else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(*map(Path, sys.argv[1:3])))

@@ -78,11 +78,11 @@ def prepare(folder: Path) -> None:
     for name in ("multi", "merged"):
         for old in (False, True):
             build.prepare_graph(Bundle.load(folder / name), old=old)
-    graph = onnx.load(folder / "merged" / "model.onnx").graph
-    sizes = sorted(2048 * d for d in (2048, 512))
-    weights = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if np.prod(t.dims) in sizes}
-    named = {name: a for name, a in weights.items() if "q_proj" in name or "v_proj" in name}
-    np.savez(folder / "refit.npz", **(named or weights))
+    graphs = [onnx.load(folder / name / "model.onnx").graph for name in ("multi", "merged")]
+    base, merged = ({t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer} for graph in graphs)
+    changed = {n: a for n, a in merged.items() if n in base and not np.array_equal(a, base[n])}
+    assert len(changed) == 2 * model.config.num_hidden_layers, sorted(changed)
+    np.savez(folder / "refit.npz", **changed)
 
 
 class Measurement:

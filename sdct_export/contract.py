@@ -30,8 +30,8 @@ Saved linear modules (`modules_to_save`) are banked per module: `sdct.<module>.w
 
 where `s_k = scale_k * present[id_k]` and `sdct.<module>.present [slots]` float32 is 1 where the slot's adapter saves
 the module, else 0. Rows with every `s_k = 0` keep `y` bit for bit. An adapter with fewer labels than the bank's
-`d_out` has weight 0 and bias `finfo(dtype).min / 2` in the columns beyond its own, so that neither argmax nor
-softmax ever picks them.
+`d_out` has weight 0 and bias `finfo(dtype).min / 2` in the columns beyond its own. A row with such an adapter
+(`s_k != 0`, of any sign) gets `finfo(dtype).min / 2` there, so that neither argmax nor softmax ever picks them.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import nn
@@ -277,12 +278,19 @@ def _record(model: nn.Module, named: Mapping[str, SdctAdapter], folder: Path) ->
     plans = {"base": [singles[0]] * batch} | {name: [((name, 1.0),)] * batch for name in names}
     if names:
         plans["mixed"] = [singles[(i + 1) % len(singles)] for i in range(batch)]
-        pair = (names[0], names[-1])
-        plans["blend"] = [((pair[0], 0.5), (pair[1], 0.5)), ((pair[1], 0.25),), ()]
+        pair = dict.fromkeys((names[0], names[-1]))  # one where there is one adapter only
+        plans["blend"] = [tuple((name, 0.5) for name in pair), ((names[-1], 0.25),), ()]
     cases, indices, shapes = [], {}, {}
     for case, rows in plans.items():
         outputs = run_rows(model, inputs, rows, named)
         arrays = {name: to_numpy(value.float()) for name, value in outputs.items()}
+        for output, array in arrays.items():
+            if not np.isfinite(array).all():
+                raise BaseMismatchError(
+                    f"torch computes NaN or infinite numbers in {output!r} "
+                    + ("of the base model" if case == "base" else f"with adapters ({case})")
+                    + "; repair the weights before exporting them"
+                )
         shapes = {name: array.shape for name, array in arrays.items()}
         indices = {name: sample_indices(shape) for name, shape in shapes.items()}
         sampled = {name: array.reshape(-1)[indices[name]] for name, array in arrays.items()}

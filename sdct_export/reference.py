@@ -72,17 +72,19 @@ def _head(path: str, rows: Rows, adapters: Mapping[str, SdctAdapter]) -> Hook:
     def hook(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
         parts = []
         for x, base, row in zip(args[0], y, rows, strict=True):
-            own = base
+            own, labels = base, base.shape[-1]
             for name, scale in row:
                 weight = adapters[name].saved.get(f"{path}.weight")
                 if weight is not None:
                     bias = adapters[name].saved.get(f"{path}.bias", np.zeros(len(weight), np.float32))
-                    # labels the adapter lacks can never be picked
-                    changed = torch.full_like(base, torch.finfo(base.dtype).min / 2)
+                    changed = base.clone()
                     changed[..., : len(weight)] = nn.functional.linear(
                         x, to_torch(weight).to(x.dtype), to_torch(bias).to(x.dtype)
                     )
                     own = own + scale * (changed - base)
+                    labels = min(labels, len(weight)) if scale else labels
+            own = own.clone()
+            own[..., labels:] = torch.finfo(own.dtype).min / 2  # labels one of the adapters lacks can never be picked
             parts.append(own)
         return torch.stack(parts)
 

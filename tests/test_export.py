@@ -27,6 +27,7 @@ from sdct_export.errors import BaseMismatchError, ConfigError, OutputError, Unsu
 from sdct_export.graph.trace import sample_inputs
 from sdct_export.native import find_library, register_operator
 from sdct_export.probe import Probe
+from sdct_export.reference import run_rows
 
 ROWS = [{"a": 1.0}, {}, {"b": 1.0}, {"a": 0.5, "b": 0.5}, {"c": -0.75, "b": 0.5, "a": 0.25}]
 
@@ -125,6 +126,29 @@ def test_mixed_blended_and_base_rows_equal_torch(exported: Exported, shape: tupl
                 assert np.abs(expected[row] - base[name][row]).max() > 0.02, "the adapters change too little to test"
             else:
                 assert got[name][row].tobytes() == base[name][row].tobytes()
+
+
+@pytest.mark.parametrize("scale", [-1.5, -0.01, 3.0])
+def test_labels_an_adapter_lacks_are_never_picked(exports: Callable[[str], Exported], scale: float) -> None:
+    exported = exports("bert-classifier")
+    inputs = sample_inputs(exported.model, batch=3, sequence=6, seed=6)
+    rows: list[dict[str, float]] = [{"b": scale}, {"a": 1.0, "b": scale}, {"a": scale}]
+    got, want = exported.run(inputs, rows)["logits"], torch_rows(exported.model, inputs, rows, exported.adapters)
+    assert (got[:2, 2:] == np.finfo(np.float32).min / 2).all()
+    assert (got[:2].argmax(-1) < 2).all()
+    np.testing.assert_allclose(got[:2, :2], want["logits"][:2, :2], atol=1e-4)
+    np.testing.assert_allclose(got[2], want["logits"][2], atol=1e-4)
+    ours = run_rows(exported.model, inputs, [list(row.items()) for row in rows], exported.adapters)
+    np.testing.assert_allclose(ours["logits"].numpy(), got, atol=1e-4)
+
+
+def test_weights_that_give_nan_are_refused(classifier: Exported, tmp_path: Path) -> None:
+    model = copy.deepcopy(classifier.model)
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight[0, 0] = float("nan")
+    with pytest.raises(BaseMismatchError, match="NaN or infinite numbers in 'logits' of the base model"):
+        export_multi(model, {"a": dataclasses.replace(classifier.adapters["a"], base_hash=None)}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("shape", [(1, 6), (4, 17)])

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -323,16 +324,27 @@ def _head_changed(
     batch, blend = op("Shape", ids, start=0, end=1), op("Shape", ids, start=1, end=2)
     parts = op("Unsqueeze", strength, op.const([1]))  # [batch, 1, k]
 
-    def mixed(bank: ir.Value, *shape: int) -> Any:
-        rows = op("Reshape", op("Gather", bank, ids, axis=0), op.shape(batch, blend, -1))
-        return op("Reshape", op("MatMul", parts, _as_float(op, rows, dtype)), op.shape(batch, *shape))
+    def rows_of(bank: ir.Value) -> Any:
+        return _as_float(op, op("Reshape", op("Gather", bank, ids, axis=0), op.shape(batch, blend, -1)), dtype)
 
-    own_weight = op("Transpose", mixed(weight, head.d_out, head.d_in), perm=[0, 2, 1])
+    def mixed(rows: ir.Value, *shape: int) -> Any:
+        return op("Reshape", op("MatMul", parts, rows), op.shape(batch, *shape))
+
+    own_weight = op("Transpose", mixed(rows_of(weight), head.d_out, head.d_in), perm=[0, 2, 1])
+    # labels an adapter lacks are marked by their bias; they count as 0 in the sum and are never picked at any scale
+    lowest = float(ml_dtypes.finfo(dtype.numpy()).min) / 2
+    biases = rows_of(bias)  # [batch, k, d_out]
+    lacking = op("Less", biases, op.const(lowest / 2, np.float32))
+    used = op("Not", op("Equal", op("Unsqueeze", strength, op.const([2])), op.const(0, np.float32)))  # [batch, k, 1]
+    never = op("Cast", op("And", lacking, used), to=INT32)
+    never = op("Cast", op("ReduceMax", never, op.const([1]), keepdims=1), to=BOOL)  # [batch, 1, d_out]
+    biases = op("Where", lacking, op.const(0, np.float32), biases)
     x3 = _as_float(op, op("Reshape", x, op.shape(batch, -1, head.d_in)), dtype)
-    own = op("Add", op("MatMul", x3, own_weight), mixed(bias, 1, head.d_out))
+    own = op("Add", op("MatMul", x3, own_weight), mixed(biases, 1, head.d_out))
     y3 = op("Reshape", y, op.shape(batch, -1, head.d_out))
     rest = op("Sub", op.const(1, np.float32), op("ReduceSum", parts, op.const([2]), keepdims=1))  # [batch, 1, 1]
-    total = _from_float(op, op("Add", op("Mul", _as_float(op, y3, dtype), rest), own), dtype)
+    total = op("Add", op("Mul", _as_float(op, y3, dtype), rest), own)
+    total = _from_float(op, op("Where", never, op.const(lowest, np.float32), total), dtype)
     return op("Reshape", op("Where", op("Unsqueeze", active, op.const([2])), total, y3), op("Shape", y))
 
 

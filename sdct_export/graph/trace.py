@@ -74,10 +74,10 @@ def trace(model: nn.Module) -> ir.Model:
     dims = {0: torch.export.Dim(BATCH)} | ({1: torch.export.Dim(SEQUENCE)} if text else {})
     dynamic = {name: dict(dims) for name in inputs}
     stack: list[str] = []
-    with _quiet(), _without_cache(model):
-        outputs = run_model(model, inputs)
     with _quiet(), _without_cache(model), _tracked(model, stack):
         try:
+            outputs = run_model(model, inputs)
+            stack.clear()
             onnx = torch.onnx.export(
                 model,
                 (),
@@ -88,7 +88,9 @@ def trace(model: nn.Module) -> ir.Model:
                 dynamo=True,
                 verbose=False,
             )
-        except Exception as error:  # the exporter raises many kinds; all of them mean the same to the user
+        except UnsupportedError:
+            raise
+        except Exception as error:  # model and exporter raises many kinds; all of them mean the same to the user
             raise UnsupportedError(_problem(model, stack, error)) from error
     assert onnx is not None
     _strip(onnx.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from .adapter import DTYPE_NAMES, Array, SdctAdapter, base_hash, check_fit, module_digest
 from .errors import BaseMismatchError, UnsupportedError
 
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # `name` or `owner/name`
 _AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -39,6 +41,9 @@ def load_base(
         BaseMismatchError: the folder is no model checkpoint or lacks weights of the model's body, or its head has
             another size than asked for.
     """
+    text = str(path)
+    if not Path(path).is_dir() and (Path(path).exists() or Path(path).is_absolute() or not _HUB_NAME.fullmatch(text)):
+        raise BaseMismatchError(f"cannot load a base model from {path}: there is no such folder; check the path")
     import transformers
 
     logging = transformers.utils.logging

@@ -177,3 +177,9 @@ def test_load_base_refuses_a_damaged_checkpoint(checkpoint: Path, tmp_path: Path
     (tmp_path / "cut" / "config.json").write_text("{")
     with pytest.raises(BaseMismatchError, match="cannot load a base model from"):
         load_base(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("path", ["no/such/folder", "./mistyped", "/nowhere/bert", __file__])
+def test_a_path_that_is_no_folder_is_not_looked_up_on_a_hub(path: str) -> None:
+    with pytest.raises(BaseMismatchError, match="no such folder"):
+        load_base(path)

@@ -10,8 +10,8 @@ with the native operator and with the portable body, both also with base rows on
 resident adapters; and the base graph with LoRA r = 16, the two factors of each row and projection gathered from a
 bank. Before anything is timed, rows of the first adapter must equal the merged bundle and base rows the base graph.
 
-All take turns call by call, each round in another order; a ratio is the median over the rounds of a call over the
-merged bundle's call of the same round. "cpu" is the same in processor time of all threads, in sessions of its own
+All take turns, each with one call to warm up and one that counts; a ratio is the median over the rounds of a call over
+the merged bundle's call of the same round. "cpu" is the same in processor time of all threads, in sessions of its own
 whose waiting threads sleep: other load on the machine disturbs it least. Last, the time until an adapter lies in a
 slot: out of host memory in exchange for the one that has the slot, from an `SdctAdapter`, and from its folder.
 """
@@ -179,14 +179,17 @@ class Case:
         order = np.arange(MANY) % ADAPTERS  # 2000 slots of their own in memory
         many = {n: np.concatenate([a[:1], a[1:][order]]) for n, a in eight.items()}
         spread = 1 + np.random.default_rng(2).permutation(MANY)[:ROWS]
+        mixed = {**inputs, **eight, contract.ADAPTER_IDS: column(1 + np.arange(ROWS) % ADAPTERS)}
+        base = {**inputs, **eight, contract.ADAPTER_IDS: column(np.zeros(ROWS))}
         self.feeds: dict[str, dict[str, Array]] = {
             "merged": inputs,
-            "native": {**inputs, **eight, contract.ADAPTER_IDS: column(1 + np.arange(ROWS) % ADAPTERS)},
+            "native": mixed,
+            "portable": mixed,
             "native_2000": {**inputs, **many, contract.ADAPTER_IDS: column(spread)},
-            "native_base": {**inputs, **eight, contract.ADAPTER_IDS: column(np.zeros(ROWS))},
-            "lora": {**inputs, **lora_bank, contract.ADAPTER_IDS: column(1 + np.arange(ROWS) % ADAPTERS)},
+            "lora": {**inputs, **lora_bank, contract.ADAPTER_IDS: mixed[contract.ADAPTER_IDS]},
+            "native_base": base,
+            "portable_base": base,
         }
-        self.feeds |= {"portable": self.feeds["native"], "portable_base": self.feeds["native_base"]}
 
     def sessions(self, spinning: bool) -> dict[str, Session]:
         """The session of each way to run; some share one."""
@@ -220,13 +223,14 @@ def turns(
 ) -> dict[str, list[float]]:
     """Seconds of one call of each, round by round: as many rounds as fit into `seconds`, between 5 and 200."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    names, end = [*calls], time.perf_counter() + seconds
+    end = time.perf_counter() + seconds
     for turn in range(-1, 200):
         if turn >= 5 and time.perf_counter() > end:
             break
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        for name, call in calls.items():
+            call()  # sessions that serve several ways run more often; now all find their caches warm
             start = clock()
-            calls[name]()
+            call()
             if turn >= 0:  # the round before is warm-up
                 times[name].append(clock() - start)
             time.sleep(0.002)  # let this session's threads stop spinning before the next one starts
@@ -240,7 +244,7 @@ def compare(case: Case, seconds: float) -> dict[str, dict[str, Any]]:
         sessions = case.sessions(spinning=not prefix)
         if not prefix:
             case.check(sessions)
-        times = turns({n: s.call(case.feeds[n]) for n, s in sessions.items()}, seconds, clock)
+        times = turns({name: sessions[name].call(feeds) for name, feeds in case.feeds.items()}, seconds, clock)
         for name, row in report.items():
             over, under = ("native_2000", "native") if name == "2000_over_8" else (name, "merged")
             if name == over:

@@ -16,7 +16,6 @@ import numpy as np
 from docstrings import load_tasks
 
 from sdct_export import export_multi, project
-from sdct_export.base import load_base
 from sdct_export.reference import run_rows
 from sdct_export.runtime import MultiAdapterModel
 
@@ -40,7 +39,7 @@ def main() -> None:
             print(
                 f"n = {n:6,}: {report.retained_energy:6.1%} of the energy, relative error {report.relative_error:.3f}"
             )
-        export_multi(ft.minilm(), adapters, Path(folder) / "bundle")
+        export_multi(ft.load_classifier(len(task.labels)), adapters, Path(folder) / "bundle")
         runner = MultiAdapterModel(Path(folder) / "bundle")
 
     scores = {}
@@ -54,7 +53,7 @@ def main() -> None:
 
     inputs, _ = next(ft.batches(test, 4))
     rows = [(), *(((name, 1.0),) for name in adapters)]
-    want = run_rows(load_base(ft.minilm(), "SEQ_CLS", num_labels=2), inputs, rows, adapters)["logits"].numpy()
+    want = run_rows(ft.load_classifier(len(task.labels)), inputs, rows, adapters)["logits"].numpy()
     got = runner.run({key: value.numpy() for key, value in inputs.items()}, [dict(row) for row in rows])["logits"]
     error = float(np.abs(got - want).max())
     print(f"largest difference between a mixed batch and torch: {error:.1e}")

@@ -11,9 +11,14 @@ import numpy as np
 import torch
 from docstrings import Example
 from torch import Tensor, nn
+from transformers import BertForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import logging
 
 from sdct_export import SdctConfig, get_sdct_model
-from sdct_export.base import load_base
+
+logging.set_verbosity_error()  # that the head is new is no news
+logging.disable_progress_bar()
 
 TARGETS = ["query", "value"]
 HEAD = "classifier"
@@ -69,20 +74,46 @@ def pad(rows: list[list[int]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+class MeanPooled(BertForSequenceClassification):
+    """BERT with a linear head on the mean over the tokens, the way this MiniLM was trained to be used.
+
+    (The stock class reads the first token through a pooler; on this checkpoint every method loses by it.)
+    """
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **_: Any
+    ) -> SequenceClassifierOutput:
+        """`logits [b, labels]` from `input_ids` and `attention_mask`, both `[b, t]`."""
+        return SequenceClassifierOutput(logits=self.classifier(self.pooled(input_ids, attention_mask)))
+
+    def pooled(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        """Mean of the last hidden states over the tokens that are no padding, `[b, 384]`."""
+        hidden = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
+        weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * weight).sum(1) / weight.sum(1)
+
+
+def load_classifier(labels: int) -> MeanPooled:
+    """MiniLM with a head of zeros, in eval mode."""
+    model = MeanPooled.from_pretrained(minilm(), num_labels=labels)
+    nn.init.zeros_(model.classifier.weight)
+    nn.init.zeros_(model.classifier.bias)
+    return model.eval()
+
+
 def new_sdct(labels: int, **settings: Any) -> nn.Module:
     """MiniLM with a fresh sDCT adapter on every query and value projection, and a head."""
     config = SdctConfig(TARGETS, modules_to_save=[HEAD], task_type="SEQ_CLS", **settings)
-    return get_sdct_model(load_base(minilm(), "SEQ_CLS", num_labels=labels), config)
+    return get_sdct_model(load_classifier(labels), config)
 
 
 def new_lora(labels: int, rank: int = 8) -> nn.Module:
-    """The same with PEFT's LoRA (its default alpha is 8; 16 is what its guides use)."""
+    """The same with PEFT's LoRA (alpha 16, as in its guides)."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    base = load_base(minilm(), "SEQ_CLS", num_labels=labels)
     config = LoraConfig(r=rank, lora_alpha=16, target_modules=TARGETS, modules_to_save=[HEAD], task_type="SEQ_CLS")
-    model: nn.Module = get_peft_model(base, config)
+    model: nn.Module = get_peft_model(load_classifier(labels), config)
     return model
 
 
@@ -131,14 +162,13 @@ def accuracy(model: nn.Module, data: list[tuple[list[int], int]]) -> float:
         return sum(int((model(**x).logits.argmax(-1) == y).sum()) for x, y in batches(data, 64)) / len(data)
 
 
-def frozen_features(base: nn.Module, data: list[tuple[list[int], int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Features of the frozen MiniLM, the mean over the tokens it was trained to be used with `[rows, 384]`; labels."""
+def frozen_features(data: list[tuple[list[int], int]]) -> tuple[np.ndarray, np.ndarray]:
+    """What the frozen MiniLM gives its classifier `[rows, 384]`; labels `[rows]`."""
+    base = load_classifier(1)
     features, labels = [], []
     with torch.inference_mode():
         for inputs, y in batches(data, 64):
-            hidden = base(**inputs).last_hidden_state
-            mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-            features.append((hidden * mask).sum(1) / mask.sum(1))
+            features.append(base.pooled(**inputs))
             labels.append(y)
     return torch.cat(features).numpy(), torch.cat(labels).numpy()
 

@@ -128,9 +128,7 @@ def trained(tasks: list[Task], data: dict[str, tuple[Encoded, Encoded]], console
     return results
 
 
-def check(
-    tasks: list[Task], data: dict[str, tuple[Encoded, Encoded]], base: Any, console: Console
-) -> dict[str, Any]:
+def check(tasks: list[Task], data: dict[str, tuple[Encoded, Encoded]], base: Any, console: Console) -> dict[str, Any]:
     """Run the bundle: one mixed batch against the merged model and the base, test texts of all tasks, and `verify`."""
     multi, merged = MultiAdapterModel(OUT / "bundle"), MultiAdapterModel(OUT / "merged")
     first, *_, last = (task.name for task in tasks)

@@ -317,9 +317,10 @@ def _write(
     if config is not None:
         config.architectures = [type(base.model).__name__]
         config.save_pretrained(folder)
-    if isinstance(base.source, str | Path) and Path(base.source).is_dir():
+    source = Path(_name(base))  # of a model in memory, the folder it was loaded from
+    if source.is_dir():
         for pattern in _COPIED:
-            for file in sorted(Path(base.source).glob(pattern)):
+            for file in sorted(source.glob(pattern)):
                 shutil.copyfile(file, folder / file.name)
     Bundle(
         kind=kind,

@@ -460,3 +460,11 @@ def test_a_full_disk_leaves_nothing(
 
     monkeypatch.setattr(export_module.ir, "save", full)
     refuses(OutputError, "No space left on device", model, {"a": adapter}, tmp_path / "out")
+
+
+def test_the_tokenizer_travels_with_a_model_in_memory_too(classifier: Exported, tmp_path: Path) -> None:
+    classifier.model.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "vocab.txt").write_text("[PAD]\n")
+    model = type(classifier.model).from_pretrained(tmp_path / "base").eval()
+    export_multi(model, {"a": classifier.adapters["a"]}, tmp_path / "out")
+    assert (tmp_path / "out" / "vocab.txt").read_text() == "[PAD]\n"

@@ -32,16 +32,16 @@ fetch_headers() {
   local apt=(apt-get -q -o "Dir::Etc::sourcelist=/dev/null" -o "Dir::Etc::sourceparts=$folder/sources"
     -o "Dir::State::lists=$folder/lists" -o "Dir::Cache=$folder/cache" -o "APT::Sandbox::User=root")
   (cd "$folder" && "${apt[@]}" update && "${apt[@]}" download libonnxruntime-dev) >"$folder/log" 2>&1 || return 1
-  dpkg -x "$folder"/libonnxruntime-dev_*.deb "$folder/root"
+  dpkg -x "$folder"/libonnxruntime-dev_*.deb "$folder/unpacked"
 }
 
 headers=${ONNXRUNTIME_INCLUDE_DIR:-}
-for place in /usr/include/onnxruntime /usr/local/include/onnxruntime "$PWD/build/headers/root/usr/include/onnxruntime"; do
+for place in /usr/include/onnxruntime /usr/local/include/onnxruntime "$PWD/build/headers/unpacked/usr/include/onnxruntime"; do
   [ -z "$headers" ] && [ -f "$place/onnxruntime_c_api.h" ] && headers=$place
 done
 if [ -z "$headers" ]; then
   if fetch_headers "$PWD/build/headers"; then
-    headers=$PWD/build/headers/root/usr/include/onnxruntime
+    headers=$PWD/build/headers/unpacked/usr/include/onnxruntime
   else
     skip "the ONNX Runtime operator library" "no headers; set ONNXRUNTIME_INCLUDE_DIR"
   fi

@@ -54,8 +54,8 @@ def build(folder: Path, layers: int, targets: list[str]) -> int:
     from transformers import LlamaConfig
 
     from sdct_export import SdctAdapter, SdctConfig
-    from sdct_export.adapter import SdctEntries
-    from sdct_export.checkpoint import NewTensor, write_safetensors
+    from sdct_export.adapter.entries import SdctEntries
+    from sdct_export.base.checkpoint import NewTensor, write_safetensors
 
     rng = np.random.default_rng(0)
     noise = (rng.standard_normal(1 << 22).astype(np.float32) * 0.02).view(np.uint32) >> 16  # bfloat16 bits

@@ -37,12 +37,12 @@ from operator_cpu import RANK, THREADS, N, machine
 from torch import nn
 
 from sdct_export import SdctAdapter, SdctConfig, contract, export_merged, export_multi, native
-from sdct_export.adapter import SdctEntries
-from sdct_export.base import find_linear, linear_shape
-from sdct_export.bundle import Bundle
+from sdct_export.adapter.entries import SdctEntries
+from sdct_export.base.model import find_linear, linear_shape
+from sdct_export.bundle.description import Bundle
+from sdct_export.bundle.packing import bank_layout, label_count, pack
 from sdct_export.graph.function_body import Ops
 from sdct_export.graph.match import match_linears
-from sdct_export.packing import bank_layout, label_count, pack
 from sdct_export.runtime.bank import Bank
 from sdct_export.runtime.ort import OrtBackend
 

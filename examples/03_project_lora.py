@@ -16,7 +16,7 @@ import numpy as np
 from docstrings import load_tasks
 
 from sdct_export import export_multi, project
-from sdct_export.reference import run_rows
+from sdct_export.base.reference import run_rows
 from sdct_export.runtime import MultiAdapterModel
 
 BUDGETS = (700, 3_000, 12_000)

@@ -9,8 +9,8 @@ import finetuning as ft
 import numpy as np
 
 from sdct_export import SdctAdapter
-from sdct_export.base import find_linear, linear_weight, load_base
-from sdct_export.spectrum import dct2
+from sdct_export.base.model import find_linear, linear_weight, load_base
+from sdct_export.spectral.transform import dct2
 
 LAYER = "bert.encoder.layer.5.attention.self.value"
 COLORS = ("#9aa3ad", "#3b6ea5", "#d1603a")  # frozen, LoRA, sDCT

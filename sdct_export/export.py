@@ -13,10 +13,11 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from .adapter import SdctAdapter
-from .adapter_io import CONFIG_FILE, WEIGHTS_FILE
-from .base import check_base, find_linear, linear_shape, load_base, model_digests, model_hash, to_numpy
-from .bundle import (
+from .adapter.adapter import SdctAdapter
+from .adapter.folder import CONFIG_FILE, WEIGHTS_FILE
+from .base.model import check_base, find_linear, linear_shape, load_base, model_digests, model_hash, to_numpy
+from .base.reference import run_rows, sample_inputs
+from .bundle.description import (
     ADAPTERS_FOLDER,
     DATA_FILE,
     MODEL_FILE,
@@ -27,14 +28,13 @@ from .bundle import (
     adapter_sha256,
     file_sha256,
 )
+from .bundle.onnx_adapter import SUFFIX, write_onnx_adapter
+from .bundle.probe import Case, Probe, Row, sample_indices
 from .contract import Group, Head
 from .errors import BaseMismatchError, ConfigError, UnsupportedError
 from .files import check_adapter_name, new_folder
 from .graph.insert import InsertAdapters
-from .graph.trace import sample_inputs, trace
-from .onnx_adapter import SUFFIX, write_onnx_adapter
-from .probe import Case, Probe, Row, sample_indices
-from .reference import run_rows
+from .graph.trace import trace
 
 AdapterLike = SdctAdapter | str | Path
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -88,7 +88,7 @@ def export_merged(
         UnsupportedError: the model cannot be exported; names the module and the reason.
         OutputError: `output` exists, or cannot be written.
     """
-    from .merging import merge
+    from .weights.merging import merge
 
     named = {"adapter": _load(adapter)}
     base = _prepare(model, named, task_type)

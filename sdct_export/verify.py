@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .adapter import Array, SdctAdapter
-from .bundle import DATA_FILE, PROBE_FILE, Bundle, file_sha256
+from .adapter.adapter import SdctAdapter
+from .adapter.entries import Array
+from .bundle.description import DATA_FILE, PROBE_FILE, Bundle, file_sha256
+from .bundle.probe import Probe, Row
 from .errors import BaseMismatchError, SdctError
-from .probe import Probe, Row
 from .runtime import MultiAdapterModel
 
 if TYPE_CHECKING:
@@ -191,9 +192,8 @@ def _effects(bundle: Bundle, runner: MultiAdapterModel, probe: Probe) -> Iterato
 def _against_torch(bundle: Bundle, runner: MultiAdapterModel, source: str | Path | nn.Module) -> Iterator[Check]:
     import torch
 
-    from .base import find_linear, linear_shape, model_hash, to_numpy
-    from .graph.trace import sample_inputs
-    from .reference import run_rows
+    from .base.model import find_linear, linear_shape, model_hash, to_numpy
+    from .base.reference import run_rows, sample_inputs
 
     base = _load_base(bundle, source)
     shapes = {m: linear_shape(find_linear(base, m)) or (0, 0) for m in bundle.module_digests[bundle.base_hash_dtype]}
@@ -237,7 +237,7 @@ def _load_base(bundle: Bundle, source: str | Path | nn.Module) -> nn.Module:
     """A private copy of the base, of the class the bundle was exported from."""
     import copy
 
-    from .base import load_base
+    from .base.model import load_base
 
     if isinstance(source, str | Path):
         labels = [spec.shape[-1] for spec in bundle.outputs if spec.name == "logits" and bundle.task.endswith("_CLS")]

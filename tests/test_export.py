@@ -21,13 +21,12 @@ from torch import nn
 
 import sdct_export.export as export_module
 from sdct_export import SdctAdapter, export_merged, export_multi
-from sdct_export.adapter import Array, SdctEntries
-from sdct_export.bundle import Bundle, file_sha256
+from sdct_export.adapter.entries import Array, SdctEntries
+from sdct_export.base.reference import run_rows, sample_inputs
+from sdct_export.bundle.description import Bundle, file_sha256
+from sdct_export.bundle.probe import Probe
 from sdct_export.errors import BaseMismatchError, ConfigError, OutputError, UnsupportedError
-from sdct_export.graph.trace import sample_inputs
 from sdct_export.native import find_library, register_operator
-from sdct_export.probe import Probe
-from sdct_export.reference import run_rows
 
 ROWS = [{"a": 1.0}, {}, {"b": 1.0}, {"a": 0.5, "b": 0.5}, {"c": -0.75, "b": 0.5, "a": 0.25}]
 

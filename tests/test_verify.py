@@ -21,11 +21,12 @@ from onnx import TensorProto, helper
 from tiny_bundle import make_adapter, make_inputs, reference, write_bundle
 from torch import nn
 
-from sdct_export.adapter import SdctAdapter, SdctEntries
-from sdct_export.bundle import BUNDLE_FILE, Bundle, adapter_sha256, file_sha256
+from sdct_export.adapter.adapter import SdctAdapter
+from sdct_export.adapter.entries import SdctEntries
+from sdct_export.bundle.description import BUNDLE_FILE, Bundle, adapter_sha256, file_sha256
+from sdct_export.bundle.probe import Case, Probe, sample_indices
 from sdct_export.errors import AdapterFormatError, BaseMismatchError
 from sdct_export.export import export_merged, export_multi
-from sdct_export.probe import Case, Probe, sample_indices
 from sdct_export.runtime import MultiAdapterModel
 from sdct_export.verify import TOLERANCES, Report, difference, verify
 

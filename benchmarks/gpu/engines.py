@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "gpu"))
 from engine_check import random_adapter
 
-from sdct_export import build
-from sdct_export.bundle import Bundle
+from sdct_export.bundle.description import Bundle
+from sdct_export.engine import build
 from sdct_export.native import find_library
 from sdct_export.runtime import MultiAdapterModel
 

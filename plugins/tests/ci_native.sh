@@ -68,13 +68,13 @@ check() { # preloaded libraries, build folder, tests ...
 }
 
 build build/sanitize -DSDCT_CUDA=OFF -DSDCT_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O1
-check "" build/sanitize tests/test_native_core.py
+check "" build/sanitize tests/native/test_core.py
 if [ -f build/sanitize/libsdct_onnxruntime.so ]; then
-  check "$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" build/sanitize tests/test_native.py
+  check "$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" build/sanitize tests/native/test_operator.py
 fi
 
 build build/native -DSDCT_CUDA=OFF
-check "" build/native tests/test_native_core.py tests/test_native.py
+check "" build/native tests/native/test_core.py tests/native/test_operator.py
 # every model family through the operator (`make test` runs them through the portable body where no operator is installed)
 if [ -f build/native/libsdct_onnxruntime.so ]; then
   check "" build/native tests/test_export.py -n "$JOBS" --dist loadscope

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 PEFT_TYPE = "SDCT"
 FORMAT_VERSION = 1

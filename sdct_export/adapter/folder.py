@@ -13,15 +13,16 @@ import json
 import os
 import stat
 import struct
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .adapter import BFLOAT16, DTYPE_NAMES, Array, SdctAdapter, SdctEntries
+from ..errors import AdapterFormatError, ConfigError
+from ..files import new_folder
 from .config import FORMAT_VERSION, PEFT_TYPE, SdctConfig
-from .errors import AdapterFormatError, ConfigError
-from .files import new_folder
+from .entries import BFLOAT16, DTYPE_NAMES, Array, SdctEntries
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -40,8 +41,18 @@ _NUMPY_OF |= {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dt
 _NUMPY_OF |= {"U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_)}
 
 
-def load_adapter(path: str | Path) -> SdctAdapter:
-    """Read and validate an adapter folder.
+class Contents(NamedTuple):
+    """What an adapter folder says: the fields of `SdctAdapter`, in its order."""
+
+    config: SdctConfig
+    modules: Mapping[str, SdctEntries]
+    saved: Mapping[str, Array]
+    base_hash: str | None
+    base_dtype: str | None
+
+
+def read_folder(path: str | Path) -> Contents:
+    """Read an adapter folder and validate its files and the entries of each module.
 
     Raises:
         AdapterFormatError: naming the file, the module and what to do.
@@ -100,14 +111,11 @@ def load_adapter(path: str | Path) -> SdctAdapter:
             f"{folder / CONFIG_FILE}: base_model_hash and base_model_dtype belong together: a string and one of "
             f"{', '.join(DTYPE_NAMES)}; got {hash_!r} and {dtype!r}"
         )
-    try:
-        return SdctAdapter(config, modules, saved, hash_, dtype)
-    except AdapterFormatError as error:
-        raise AdapterFormatError(f"{weights}: {error}") from None
+    return Contents(config, modules, saved, hash_, dtype)
 
 
-def save_adapter(adapter: SdctAdapter, path: str | Path) -> None:
-    """Write an adapter folder, complete or not at all. The same adapter always gives the same bytes.
+def write_folder(path: str | Path, adapter: Contents) -> None:
+    """Write an adapter folder, complete or not at all. The same contents always give the same bytes.
 
     Raises:
         AdapterFormatError: its config does not name what it saves, so that the folder would not load.

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import ConfigError, UnsupportedError
+from ..files import new_file
 from .adapter import SdctAdapter
-from .errors import ConfigError, UnsupportedError
-from .files import new_file
 from .summary import extent_of, natural_order, summarize
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ..spectral.selection import bands_of
 from .adapter import SdctAdapter
-from .selection import bands_of
 
 
 @dataclasses.dataclass(frozen=True)

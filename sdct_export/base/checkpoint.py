@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import model_class
-from .errors import BaseMismatchError, SdctError, UnsupportedError
+from ..errors import BaseMismatchError, SdctError, UnsupportedError
+from .model import model_class
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"

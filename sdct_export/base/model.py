@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .adapter import DTYPE_NAMES, Array, SdctAdapter, base_hash, check_fit, module_digest
-from .errors import BaseMismatchError, UnsupportedError
+from ..adapter.adapter import SdctAdapter
+from ..adapter.entries import DTYPE_NAMES, Array, check_fit
+from ..errors import BaseMismatchError, UnsupportedError
+from .identity import base_hash, module_digest
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # `name` or `owner/name`
 _AUTO_CLASSES = {

@@ -7,18 +7,60 @@ modules are hooked, so the model's weights are neither touched nor copied, and n
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .adapter import SdctAdapter
-from .base import find_linear, linear_shape, to_torch
-from .graph.trace import run_model
-from .spectrum import sparse_apply
+from ..adapter.adapter import SdctAdapter
+from ..errors import UnsupportedError
+from ..spectral.transform import sparse_apply
+from .model import find_linear, linear_shape, to_torch
 
 Rows = Sequence[Sequence[tuple[str, float]]]
+
+
+def sample_inputs(model: nn.Module, *, batch: int, sequence: int, seed: int = 0) -> dict[str, Tensor]:
+    """Seeded random inputs a model takes: `input_ids` and `attention_mask`, or `pixel_values`.
+
+    Row `i` of a text batch is padded on the right by up to `i` tokens, at most half of it.
+
+    Raises:
+        UnsupportedError: the model reads neither text nor images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config = getattr(model, "config", None)
+    main = getattr(model, "main_input_name", None)
+    if main == "pixel_values" and config is not None:
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (batch, config.num_channels, height, width)
+        return {"pixel_values": torch.randn(shape, generator=generator).to(_float_dtype(model))}
+    if main == "input_ids" and config is not None:
+        ids = torch.randint(0, config.get_text_config().vocab_size, (batch, sequence), generator=generator)
+        inputs = {"input_ids": ids}
+        if "attention_mask" in inspect.signature(model.forward).parameters:
+            mask = torch.ones_like(ids)
+            for row in range(batch):
+                mask[row, sequence - min(row, sequence // 2) :] = 0
+            inputs["attention_mask"] = mask
+        return inputs
+    raise UnsupportedError(
+        f"{type(model).__name__} reads {main!r}; only transformers models that read input_ids or pixel_values can be "
+        "exported"
+    )
+
+
+def run_model(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The named output tensors of one forward, without gradients or cache."""
+    with torch.no_grad():
+        result = model(**inputs)
+    named = {name: value for name, value in dict(result).items() if isinstance(value, Tensor)}
+    if not named:
+        raise UnsupportedError(f"{type(model).__name__} returns no tensor; only transformers models can be exported")
+    return named
 
 
 def run_rows(
@@ -89,3 +131,7 @@ def _head(path: str, rows: Rows, adapters: Mapping[str, SdctAdapter]) -> Hook:
         return torch.stack(parts)
 
     return hook
+
+
+def _float_dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())

@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .adapter import DTYPE_NAMES
-from .contract import Group, Head
-from .errors import AdapterFormatError, ConfigError, VerificationError
-from .files import check_adapter_name
+from ..adapter.entries import DTYPE_NAMES
+from ..contract import Group, Head
+from ..errors import AdapterFormatError, ConfigError, VerificationError
+from ..files import check_adapter_name
 
 BUNDLE_FILE = "sdct_bundle.json"
 MODEL_FILE = "model.onnx"

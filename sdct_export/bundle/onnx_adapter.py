@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .adapter import SdctAdapter
-from .bundle import Bundle
-from .errors import OutputError
-from .files import new_file
+from ..adapter.adapter import SdctAdapter
+from ..errors import OutputError
+from ..files import new_file
+from .description import Bundle
 from .packing import bank_layout, pack
 
 SUFFIX = ".onnx_adapter"

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from . import contract
-from .adapter import DTYPE_NAMES, Array, SdctAdapter, check_fit, combine_digests
-from .bundle import Bundle
-from .contract import Head
-from .errors import BaseMismatchError
+from .. import contract
+from ..adapter.adapter import SdctAdapter
+from ..adapter.entries import DTYPE_NAMES, Array, check_fit
+from ..base.identity import combine_digests
+from ..contract import Head
+from ..errors import BaseMismatchError
+from .description import Bundle
 
 Layout = dict[str, tuple[np.dtype[np.generic], tuple[int, ...]]]
 

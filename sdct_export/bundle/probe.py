@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .adapter import Array
-from .adapter_io import encode_safetensors, read_safetensors
-from .errors import AdapterFormatError
+from ..adapter.entries import Array
+from ..adapter.folder import encode_safetensors, read_safetensors
+from ..errors import AdapterFormatError
 
 MAX_SAMPLE = 4096
 Row = tuple[tuple[str, float], ...]

@@ -90,7 +90,7 @@ def main(
 
     refuse_existing(output)
     if format_ == "transformers":
-        from ..merging import merge_checkpoint
+        from ..weights.merging import merge_checkpoint
 
         merge_checkpoint(model, next(iter(named.values())), output)
         _report({"output": str(output), "format": "transformers", "bytes": _size(output)}, as_json)
@@ -103,7 +103,7 @@ def main(
         else:
             bundle = export_multi(model, named, output, dtype=dtype)
     if format_ == "tensorrt":
-        from ..build import build_engine
+        from ..engine.build import build_engine
 
         with busy("building"):
             build_engine(bundle, report=lambda line: click.echo(line, err=True))

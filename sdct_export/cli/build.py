@@ -57,8 +57,8 @@ def build(
     """
     import dataclasses
 
-    from ..build import ENGINE_FILE, build_engine, default_profile
-    from ..bundle import Bundle
+    from ..bundle.description import Bundle
+    from ..engine.build import ENGINE_FILE, build_engine, default_profile
 
     loaded = Bundle.load(bundle)
     given = {name: value for name, value in ranges.items() if value is not None}

@@ -12,7 +12,7 @@ import click
 from .output import print_json, print_table, printable
 
 if TYPE_CHECKING:
-    from ..bundle import Bundle, TensorSpec
+    from ..bundle.description import Bundle, TensorSpec
 
 
 @click.command(
@@ -32,7 +32,7 @@ def inspect(path: Path, plot: Path | None, as_json: bool) -> None:
 
     Energy is the squared norm of the weight change; its shares per band run from low to high frequencies.
     """
-    from ..bundle import BUNDLE_FILE, Bundle
+    from ..bundle.description import BUNDLE_FILE, Bundle
 
     if (path / BUNDLE_FILE).exists():
         bundle = Bundle.load(path)
@@ -44,13 +44,13 @@ def inspect(path: Path, plot: Path | None, as_json: bool) -> None:
 
 
 def _show_adapter(path: Path, plot: Path | None, as_json: bool) -> None:
-    from ..adapter import SdctAdapter
-    from ..summary import summarize
+    from ..adapter.adapter import SdctAdapter
+    from ..adapter.summary import summarize
 
     adapter = SdctAdapter.load(path)
     modules = summarize(adapter)
     if plot:
-        from ..plot import plot_spectrum
+        from ..adapter.plot import plot_spectrum
 
         plot_spectrum(adapter, plot, title=path.resolve().name)
     if as_json:

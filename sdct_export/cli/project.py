@@ -48,7 +48,7 @@ def project(
     if (lora is None) == (tuned is None):
         raise click.UsageError("give either --lora or --tuned")
     from ..files import refuse_existing
-    from ..projection import project as project_change
+    from ..weights.projection import project as project_change
 
     refuse_existing(output)
     adapter, report = project_change(

@@ -47,8 +47,8 @@ def run(
     rows = [_parse_adapters(item) for item in adapters]
     pairs = dict(_parse_input(item) for item in inputs)
     from ..files import refuse_existing
-    from ..request import encode_text, read_arrays, top_labels, write_arrays
     from ..runtime import MultiAdapterModel
+    from ..runtime.request import encode_text, read_arrays, top_labels, write_arrays
 
     if output:
         refuse_existing(output)

@@ -15,12 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import contract
-from .bundle import Bundle, file_sha256
-from .errors import AdapterFormatError, ConfigError, OutputError, SdctError, UnsupportedError
-from .files import new_file
-from .native import find_library
-from .packing import bank_layout
+from .. import contract
+from ..bundle.description import Bundle, file_sha256
+from ..bundle.packing import bank_layout
+from ..errors import AdapterFormatError, ConfigError, OutputError, SdctError, UnsupportedError
+from ..files import new_file
+from ..native import find_library
 
 ENGINE_FILE = "model.engine"  # default name inside a bundle
 GRAPH_FILE = "model.tensorrt.onnx"  # the graph without function bodies, beside the weights it shares with model.onnx
@@ -281,7 +281,7 @@ def prepare_graph(bundle: Bundle, *, old: bool = False) -> Path:
     try:
         import onnx
 
-        from .graph import lower
+        from . import lower
     except ImportError:
         if target.is_file():
             return target

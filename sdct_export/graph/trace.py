@@ -3,64 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..base.reference import run_model, sample_inputs
 from ..contract import BATCH
 from ..errors import UnsupportedError
 from .match import SCOPES
 
 SEQUENCE = "sequence"
 _NOISY = ("torch", "torch.onnx", "torch.export", "torch._export", "torch.fx", "onnxscript", "onnx_ir")
-
-
-def sample_inputs(model: nn.Module, *, batch: int, sequence: int, seed: int = 0) -> dict[str, Tensor]:
-    """Seeded random inputs a model takes: `input_ids` and `attention_mask`, or `pixel_values`.
-
-    Row `i` of a text batch is padded on the right by up to `i` tokens, at most half of it.
-
-    Raises:
-        UnsupportedError: the model reads neither text nor images.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    config = getattr(model, "config", None)
-    main = getattr(model, "main_input_name", None)
-    if main == "pixel_values" and config is not None:
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (batch, config.num_channels, height, width)
-        return {"pixel_values": torch.randn(shape, generator=generator).to(_float_dtype(model))}
-    if main == "input_ids" and config is not None:
-        ids = torch.randint(0, config.get_text_config().vocab_size, (batch, sequence), generator=generator)
-        inputs = {"input_ids": ids}
-        if "attention_mask" in inspect.signature(model.forward).parameters:
-            mask = torch.ones_like(ids)
-            for row in range(batch):
-                mask[row, sequence - min(row, sequence // 2) :] = 0
-            inputs["attention_mask"] = mask
-        return inputs
-    raise UnsupportedError(
-        f"{type(model).__name__} reads {main!r}; only transformers models that read input_ids or pixel_values can be "
-        "exported"
-    )
-
-
-def run_model(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The named output tensors of one forward, without gradients or cache."""
-    with torch.no_grad():
-        result = model(**inputs)
-    named = {name: value for name, value in dict(result).items() if isinstance(value, Tensor)}
-    if not named:
-        raise UnsupportedError(f"{type(model).__name__} returns no tensor; only transformers models can be exported")
-    return named
 
 
 def trace(model: nn.Module) -> ir.Model:
@@ -171,10 +130,6 @@ def _strip(model: ir.Model) -> None:
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.graph.doc_string = None
-
-
-def _float_dtype(model: nn.Module) -> torch.dtype:
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 @contextlib.contextmanager

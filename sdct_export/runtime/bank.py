@@ -19,9 +19,9 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
-from ..adapter import Array
+from ..adapter.entries import Array
+from ..bundle.packing import Layout
 from ..errors import ConfigError, UnknownAdapterError
-from ..packing import Layout
 
 FIRST_SLOTS = 8
 

@@ -11,11 +11,12 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from .. import contract
-from ..adapter import Array, SdctAdapter
-from ..bundle import Bundle, TensorSpec
+from ..adapter.adapter import SdctAdapter
+from ..adapter.entries import Array
+from ..bundle.description import Bundle, TensorSpec
+from ..bundle.packing import bank_layout, label_count, pack
 from ..errors import AdapterFormatError, ConfigError, UnsupportedError
 from ..files import check_adapter_name
-from ..packing import bank_layout, label_count, pack
 from .bank import AdapterInfo, Bank, Memory
 from .ort import OrtBackend
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .. import native
-from ..adapter import Array
+from ..adapter.entries import Array
 from ..errors import AdapterFormatError, ConfigError, SdctError, UnsupportedError
 
 

@@ -10,10 +10,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from .adapter import Array
-from .bundle import Bundle
-from .errors import AdapterFormatError, ConfigError
-from .files import new_file
+from ..adapter.entries import Array
+from ..bundle.description import Bundle
+from ..errors import AdapterFormatError, ConfigError
+from ..files import new_file
 
 _CLASSIFIERS = ("SEQ_CLS", "IMAGE_CLS")
 _LARGEST_LENGTH = 1 << 20  # tokenizers without a limit record an astronomical one

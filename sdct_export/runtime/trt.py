@@ -20,17 +20,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ..adapter import Array
-from ..build import (
-    ENGINE_FILE,
-    PLUGIN,
-    PLUGIN_EMBEDDED,
-    PLUGIN_LIBRARY,
-    EngineManifest,
-    Log,
-    load_plugin,
-)
-from ..bundle import Bundle, file_sha256
+from ..adapter.entries import Array
+from ..bundle.description import Bundle, file_sha256
+from ..engine.build import ENGINE_FILE, PLUGIN, PLUGIN_EMBEDDED, PLUGIN_LIBRARY, EngineManifest, Log, load_plugin
 from ..errors import AdapterFormatError, ConfigError, SdctError, UnsupportedError
 from ..native import find_library
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 if TYPE_CHECKING:  # numpy alone suffices for everything but `select_for_weight`
     from torch import Tensor
@@ -100,7 +100,7 @@ def select_for_weight(
     weight: Tensor, selection: str, n: int, *, delta: float = 0.7, bands: int = 3, seed: int | tuple[int, ...] = 0
 ) -> Indices:
     """`select` on the 2-D DCT of `weight [d_out, d_in]` (computed only where the selection reads it)."""
-    from .spectrum import dct2
+    from .transform import dct2
 
     shape = (int(weight.shape[0]), int(weight.shape[1]))
     spectrum = dct2(weight.detach().float()) if selection in ("energy", "top") else None

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 
 def dct_matrix(length: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:

@@ -1,5 +1,8 @@
-"""Training of sDCT adapters: `get_sdct_model` puts them on the linear layers of any torch model."""
+"""Training of sDCT adapters: `get_sdct_model` puts them on the linear layers of any torch model.
 
-from .model import SdctModel, get_sdct_model
+`layer` is the mathematics, `inject` finds where it goes, `model` is what a training loop holds.
+"""
 
-__all__ = ["SdctModel", "get_sdct_model"]
+from ..lazy import hand_on
+
+__getattr__, __dir__, __all__ = hand_on(__name__, __file__)

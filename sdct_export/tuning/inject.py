@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ..base import linear_shape, linear_weight, model_hash
-from ..config import SdctConfig
+from ..adapter.config import SdctConfig
+from ..base.model import linear_shape, linear_weight, model_hash
 from ..errors import ConfigError, UnsupportedError
-from ..selection import select_for_weight
+from ..spectral.selection import select_for_weight
 from .layer import SdctEntry, SdctLayer
 
 _TASKS = {

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..spectrum import dct, idct
+from ..spectral.transform import dct, idct
 
 CHILD = "sdct"  # name under which an adapted linear layer holds its `SdctLayer`
 # numbers transformed at a time: small enough that the temporaries of an FFT stay in a CPU's cache, where it is several

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import DTYPE_NAMES, VALUE_DTYPES, Array, SdctAdapter, SdctEntries
-from ..base import check_base, to_numpy, to_torch
-from ..config import SdctConfig
+from ..adapter.adapter import SdctAdapter
+from ..adapter.config import SdctConfig
+from ..adapter.entries import DTYPE_NAMES, VALUE_DTYPES, Array, SdctEntries
+from ..base.model import check_base, to_numpy, to_torch
 from ..errors import BaseMismatchError, ConfigError, UnknownAdapterError
 from ..files import check_adapter_name
 from .inject import base_name, check_linear, find_heads, find_targets, fresh_entry, identity, shape_of, task_type
@@ -195,7 +196,7 @@ class SdctModel(nn.Module):
 
     def merge(self) -> None:
         """Add the active adapter into the base's weights and heads, so that the forward costs what the base costs."""
-        from ..merging import merge
+        from ..weights.merging import merge
 
         self._refuse_merged("merging again")
         if self.active is None:

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .adapter import Array
-from .adapter_io import read_safetensors
-from .base import find_linear, is_conv1d, linear_shape, linear_weight, load_base, to_numpy
-from .checkpoint import CONFIG_FILE, FLOATS, Checkpoint, Structure, read_json, structure_for, tied_parameters
-from .config import PEFT_TYPE, TASK_TYPES
-from .errors import AdapterFormatError, BaseMismatchError, UnsupportedError
-from .spectrum import dct
+from ..adapter.config import PEFT_TYPE, TASK_TYPES
+from ..adapter.entries import Array
+from ..adapter.folder import read_safetensors
+from ..base.checkpoint import CONFIG_FILE, FLOATS, Checkpoint, Structure, read_json, structure_for, tied_parameters
+from ..base.model import find_linear, is_conv1d, linear_shape, linear_weight, load_base, to_numpy
+from ..errors import AdapterFormatError, BaseMismatchError, UnsupportedError
+from ..spectral.transform import dct
 
 BAND, COLUMNS = 1 << 18, 64  # elements transformed at a time (they fit a cache), and at least so many columns
 _PREFIX = "base_model.model."

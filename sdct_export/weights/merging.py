@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .adapter import Array, SdctAdapter, SdctEntries
-from .base import check_base, check_hash, find_linear, is_conv1d, linear_shape, linear_weight, to_numpy, to_torch
-from .checkpoint import (
+from ..adapter.adapter import SdctAdapter
+from ..adapter.entries import Array, SdctEntries
+from ..base.checkpoint import (
     CONFIG_FILE,
     DTYPE_OF,
     FLOATS,
@@ -36,9 +36,19 @@ from .checkpoint import (
     tied_parameters,
     write_safetensors,
 )
-from .errors import BaseMismatchError, ConfigError, UnsupportedError
-from .files import new_folder
-from .spectrum import idct
+from ..base.model import (
+    check_base,
+    check_hash,
+    find_linear,
+    is_conv1d,
+    linear_shape,
+    linear_weight,
+    to_numpy,
+    to_torch,
+)
+from ..errors import BaseMismatchError, ConfigError, UnsupportedError
+from ..files import new_folder
+from ..spectral.transform import idct
 
 BAND, COLUMNS = 1 << 18, 64  # elements of dW formed at a time (they fit a cache), and at least so many columns
 # weights of the unmerged base in other formats, which must not travel beside the merged ones

@@ -17,13 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .adapter import DTYPE_NAMES, VALUE_DTYPES, Array, SdctAdapter, SdctEntries, base_hash
-from .base import to_numpy
+from ..adapter.adapter import SdctAdapter
+from ..adapter.config import SdctConfig
+from ..adapter.entries import DTYPE_NAMES, VALUE_DTYPES, Array, SdctEntries
+from ..base.checkpoint import FLOATS, Checkpoint, progress_bar
+from ..base.identity import base_hash
+from ..base.model import to_numpy
+from ..errors import BaseMismatchError, ConfigError
+from ..spectral.selection import select
 from .changes import Change, from_peft, from_tuned, read_weight, weight_spectrum
-from .checkpoint import FLOATS, Checkpoint, progress_bar
-from .config import SdctConfig
-from .errors import BaseMismatchError, ConfigError
-from .selection import select
 
 SEARCHED = 4 << 20  # coefficients searched at a time for the largest
 

@@ -15,12 +15,14 @@ from make_adapters import golden, random_adapter
 from references import delta_weight as reference_delta_weight
 from references import relative_error
 
-from sdct_export.adapter import SdctAdapter, SdctEntries, base_hash, check_fit
-from sdct_export.config import SdctConfig
+from sdct_export.adapter.adapter import SdctAdapter
+from sdct_export.adapter.config import SdctConfig
+from sdct_export.adapter.entries import SdctEntries, check_fit
+from sdct_export.base.identity import base_hash
 from sdct_export.errors import AdapterFormatError, BaseMismatchError, ConfigError, OutputError
 from sdct_export.files import check_adapter_name, new_file, new_folder
 
-GOLDEN = Path(__file__).parent / "golden" / "adapter"
+GOLDEN = Path(__file__).parents[1] / "golden" / "adapter"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
 

@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from sdct_export.adapter import SdctAdapter
+from sdct_export.adapter.adapter import SdctAdapter
 from sdct_export.errors import AdapterFormatError
 
-GOLDEN = Path(__file__).parent / "golden" / "adapter"
+GOLDEN = Path(__file__).parents[1] / "golden" / "adapter"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Q = "encoder.layer.0.attention.self.query"
 Tensors = dict[str, np.ndarray]

@@ -11,11 +11,12 @@ import pytest
 from make_adapters import golden, random_adapter
 from references import band_of, delta_weight
 
-from sdct_export.adapter import SdctAdapter, SdctEntries
-from sdct_export.config import SdctConfig
+from sdct_export.adapter.adapter import SdctAdapter
+from sdct_export.adapter.config import SdctConfig
+from sdct_export.adapter.entries import SdctEntries
+from sdct_export.adapter.plot import plot_spectrum
+from sdct_export.adapter.summary import natural_order, summarize
 from sdct_export.errors import ConfigError, OutputError, UnsupportedError
-from sdct_export.plot import plot_spectrum
-from sdct_export.summary import natural_order, summarize
 
 
 @pytest.mark.parametrize("bands", [1, 3, 5])

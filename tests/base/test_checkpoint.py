@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save
 
-from sdct_export.checkpoint import (
+from sdct_export.base.checkpoint import (
     DTYPE_OF,
     Checkpoint,
     NewTensor,

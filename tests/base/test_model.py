@@ -16,8 +16,9 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 from transformers.pytorch_utils import Conv1D
 
-from sdct_export.adapter import SdctAdapter, base_hash
-from sdct_export.base import (
+from sdct_export.adapter.adapter import SdctAdapter
+from sdct_export.base.identity import base_hash
+from sdct_export.base.model import (
     check_base,
     find_linear,
     linear_shape,

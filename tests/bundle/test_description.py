@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_bundle import make_adapter, write_bundle
 
-from sdct_export.bundle import Bundle, adapter_sha256, file_sha256
+from sdct_export.bundle.description import Bundle, adapter_sha256, file_sha256
 from sdct_export.errors import AdapterFormatError, VerificationError
 
 

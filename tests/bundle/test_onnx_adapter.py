@@ -9,10 +9,10 @@ import onnxruntime
 import pytest
 from tiny_bundle import LABELS, make_adapter, make_inputs, reference, write_bundle
 
-from sdct_export.bundle import Bundle
+from sdct_export.bundle.description import Bundle
+from sdct_export.bundle.onnx_adapter import write_onnx_adapter
+from sdct_export.bundle.packing import bank_layout
 from sdct_export.errors import BaseMismatchError, OutputError
-from sdct_export.onnx_adapter import write_onnx_adapter
-from sdct_export.packing import bank_layout
 from sdct_export.runtime import MultiAdapterModel
 
 ADAPTERS = {"one": make_adapter(1, labels=LABELS), "two": make_adapter(2, labels=2)}

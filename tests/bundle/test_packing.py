@@ -10,11 +10,13 @@ import pytest
 from tiny_bundle import CAPACITY, GROUPS, LABELS, OUT, SHAPES, WEIGHTS, D, V, make_adapter, write_bundle
 
 from sdct_export import contract
-from sdct_export.adapter import SdctAdapter, SdctEntries, base_hash
-from sdct_export.bundle import Bundle
-from sdct_export.config import SdctConfig
+from sdct_export.adapter.adapter import SdctAdapter
+from sdct_export.adapter.config import SdctConfig
+from sdct_export.adapter.entries import SdctEntries
+from sdct_export.base.identity import base_hash
+from sdct_export.bundle.description import Bundle
+from sdct_export.bundle.packing import bank_layout, label_count, pack
 from sdct_export.errors import BaseMismatchError
-from sdct_export.packing import bank_layout, label_count, pack
 
 
 @pytest.fixture(scope="module")

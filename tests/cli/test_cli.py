@@ -18,8 +18,7 @@ from click.testing import CliRunner, Result
 from families import FAMILIES
 from make_adapters import golden
 from safetensors.numpy import load_file, save_file
-from test_request import write_tokenizer
-from tiny_bundle import make_adapter, make_inputs, reference, write_bundle
+from tiny_bundle import make_adapter, make_inputs, reference, write_bundle, write_tokenizer
 
 from sdct_export import SdctAdapter, SdctConfig, get_sdct_model
 from sdct_export.cli import main

@@ -17,7 +17,9 @@ from click.testing import CliRunner
 from tiny_bundle import GROUPS, make_adapter, write_bundle
 
 from sdct_export import contract, export_merged, export_multi
-from sdct_export.build import (
+from sdct_export.bundle.description import Bundle
+from sdct_export.cli import main
+from sdct_export.engine.build import (
     GRAPH_FILE,
     OLD_GRAPH_FILE,
     EngineManifest,
@@ -29,8 +31,6 @@ from sdct_export.build import (
     profile_shapes,
     trtexec_command,
 )
-from sdct_export.bundle import Bundle
-from sdct_export.cli import main
 from sdct_export.errors import AdapterFormatError, ConfigError, SdctError, UnsupportedError
 
 NAMES = ("bert", "gpt2", "vit")  # LayerNormalization, Gelu, Split, and a head with an If

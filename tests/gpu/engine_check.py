@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from sdct_export.adapter import SdctAdapter, SdctEntries
-from sdct_export.build import Profile, build_engine
-from sdct_export.bundle import Bundle
-from sdct_export.config import SdctConfig
+from sdct_export.adapter.adapter import SdctAdapter
+from sdct_export.adapter.config import SdctConfig
+from sdct_export.adapter.entries import SdctEntries
+from sdct_export.bundle.description import Bundle
+from sdct_export.engine.build import Profile, build_engine
 from sdct_export.errors import SdctError
 from sdct_export.runtime import MultiAdapterModel
 

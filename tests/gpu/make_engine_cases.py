@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import families
 
 from sdct_export import export_merged, export_multi
-from sdct_export.build import prepare_graph
-from sdct_export.bundle import Bundle
+from sdct_export.bundle.description import Bundle
+from sdct_export.engine.build import prepare_graph
 from sdct_export.runtime import MultiAdapterModel
 
 FAMILIES = ("bert", "llama", "vit")

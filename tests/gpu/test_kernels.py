@@ -1,4 +1,4 @@
-"""The kernels on a GPU against scipy in float64: the cases of test_native_core.py, and what only a GPU can show."""
+"""The kernels on a GPU against scipy in float64: the cases of kernel_suite.py, and what only a GPU can show."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from pathlib import Path
 import native_cases
 import numpy as np
 import pytest
-from native_cases import CUDA, DTYPES, Array, Case, check, make, run
-from native_gpu import Gpu, OnDevice
-from test_native_core import (
+from kernel_suite import (
     DESIGN_SIZES,
     test_a_token_does_not_depend_on_the_others,
     test_design_sizes,
@@ -23,6 +21,8 @@ from test_native_core import (
     test_hostile_banks_and_ids_stay_inside,
     test_random_shapes_types_and_maps,
 )
+from native_cases import CUDA, DTYPES, Array, Case, check, make, run, sorted_hostile
+from native_gpu import Gpu, OnDevice
 
 __all__ = [  # run here on the GPU, by the fixture `engine` below
     "test_a_token_does_not_depend_on_the_others",
@@ -47,23 +47,6 @@ def engine(native: Path, tmp_path: Path) -> Callable[[list[Case]], list[list[Arr
         return run(native / "sdct_driver", cases, tmp_path)
 
     return execute
-
-
-def sorted_hostile(rng: np.random.Generator, dtype: np.dtype, d_in: int, d_out: list[int], n: int) -> Case:
-    """Indices and ids out of range, rows ascending as the contract asks: every sum is defined."""
-    case = make(rng, dtype, d_in, d_out, rows=3, tokens_per_row=4, blends=2, capacity=[n] * len(d_out))
-    extremes = np.array([-(2**31), -1, 2**31 - 1, 2**30, d_in, max(d_out)], np.int64)
-    case.values[1:] = rng.standard_normal(case.values[1:].shape)
-    for slot in case.indices[1:]:
-        bad = rng.random(slot.shape) < 0.3
-        slot[bad] = rng.choice(extremes, int(bad.sum())).astype(np.int32)
-        for at in range(0, n * len(d_out), n):
-            part = slot[at : at + n]
-            part[:] = part[np.argsort(part[:, 0], kind="stable")]
-    case.ids[:] = [[1, 2**31 - 1], [-(2**31), -1], [len(case.values), 2]]
-    case.token_row = rng.choice([-(2**31), -1, 0, 1, 2, 3, 2**31 - 1], len(case.x)).astype(np.int32)
-    case.token_row[:2] = [0, 2]
-    return case
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

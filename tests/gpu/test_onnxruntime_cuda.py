@@ -10,13 +10,14 @@ from typing import Any
 
 import families
 import numpy as np
+import operator_models
 import pytest
-import test_native
 from native_cases import DTYPES, check, make
 
-from sdct_export.adapter import Array, SdctAdapter, SdctEntries
-from sdct_export.bundle import Bundle
-from sdct_export.config import SdctConfig
+from sdct_export.adapter.adapter import SdctAdapter
+from sdct_export.adapter.config import SdctConfig
+from sdct_export.adapter.entries import Array, SdctEntries
+from sdct_export.bundle.description import Bundle
 from sdct_export.errors import UnsupportedError
 from sdct_export.native import LIBRARY_PATH, find_library, register_operator
 from sdct_export.runtime import MultiAdapterModel
@@ -217,11 +218,11 @@ def test_the_operator_runs_on_the_gpu(cuda_provider: None, tmp_path: Path, dtype
     options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
     assert register_operator(options)
     session = onnxruntime.InferenceSession(
-        test_native._model(case), options, providers=["CUDAExecutionProvider", "CPUExecutionProvider"]
+        operator_models.model_of(case), options, providers=["CUDAExecutionProvider", "CPUExecutionProvider"]
     )
     if "CUDAExecutionProvider" not in session.get_providers():
         pytest.skip("ONNX Runtime could not start its CUDA provider; the CUDA or cuDNN libraries it wants are missing")
-    assert check(case, test_native._run(session, case))
+    assert check(case, operator_models.run(session, case))
     events = json.loads(Path(session.end_profiling()).read_text())
     providers = {
         event["args"]["provider"] for event in events if event.get("args", {}).get("op_name") == "SpectralDelta"

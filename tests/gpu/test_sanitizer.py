@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from native_cases import CUDA, DTYPES, check, make, run
-from test_kernels import sorted_hostile
+from native_cases import CUDA, DTYPES, check, make, run, sorted_hostile
 
 pytestmark = pytest.mark.gpu
 CLEAN = {"memcheck": "ERROR SUMMARY: 0 errors", "racecheck": "RACECHECK SUMMARY: 0 hazards displayed"}

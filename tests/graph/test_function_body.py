@@ -14,7 +14,7 @@ import pytest
 import scipy.fft
 from references import delta_weight, relative_error
 
-from sdct_export.adapter import Array
+from sdct_export.adapter.entries import Array
 from sdct_export.contract import DCT_OP_TYPE, DOMAIN, IDCT_OP_TYPE, OP_TYPE, OP_VERSION, PLACE_OP_TYPE, Group
 from sdct_export.graph import function_body
 from sdct_export.graph.function_body import factor_length, factors, functions_for, overload_of

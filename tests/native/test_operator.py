@@ -3,19 +3,18 @@
 import shutil
 from pathlib import Path
 
-import native_cases
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 from native_cases import DTYPES, Case, check, make
 from onnx import TensorProto, helper
+from operator_models import model_of, run
 
 from sdct_export import contract, native
 from sdct_export.errors import UnsupportedError
 
-ROOT = Path(__file__).parents[1]
-TYPES = {DTYPES[0]: TensorProto.FLOAT, DTYPES[1]: TensorProto.FLOAT16, DTYPES[2]: TensorProto.BFLOAT16}
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -31,37 +30,6 @@ def library(monkeypatch):
     return native.operator_library()
 
 
-def _model(case: Case, functions=(), overload: str = "") -> bytes:
-    m, d_in = len(case.y), case.x.shape[1]
-    tensor = TYPES[case.dtype]
-    names = [f"y{j}" for j in range(m)]
-    node = helper.make_node(
-        contract.OP_TYPE,
-        ["x", "ids", "scales", "values", "indices", *names],
-        [f"out{j}" for j in range(m)],
-        domain=contract.DOMAIN,
-        overload=overload,
-        name="the_node",
-        d_in=d_in,
-        d_out=[y.shape[1] for y in case.y],
-        capacity=case.capacity,
-    )
-    n = sum(case.capacity)
-    inputs = [
-        helper.make_tensor_value_info("x", tensor, ["tokens", d_in]),
-        helper.make_tensor_value_info("ids", TensorProto.INT32, ["rows", "k"]),
-        helper.make_tensor_value_info("scales", TensorProto.FLOAT, ["rows", "k"]),
-        helper.make_tensor_value_info("values", TensorProto.FLOAT, ["slots", n]),
-        helper.make_tensor_value_info("indices", TensorProto.INT32, ["slots", n, 2]),
-        *(helper.make_tensor_value_info(f"y{j}", tensor, ["tokens", y.shape[1]]) for j, y in enumerate(case.y)),
-    ]
-    outputs = [helper.make_tensor_value_info(f"out{j}", tensor, ["tokens", y.shape[1]]) for j, y in enumerate(case.y)]
-    graph = helper.make_graph([node], "g", inputs, outputs)
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(contract.DOMAIN, contract.OP_VERSION)]
-    model = helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=contract.IR_VERSION)
-    return model.SerializeToString()
-
-
 def _session(model: bytes, *, with_library: bool = True) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
@@ -69,31 +37,6 @@ def _session(model: bytes, *, with_library: bool = True) -> onnxruntime.Inferenc
     if with_library:
         assert native.register_operator(options)
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def _run(session: onnxruntime.InferenceSession, case: Case) -> list[native_cases.Array]:
-    feeds = {"x": case.x, "ids": case.ids, "scales": case.scales, "values": case.values, "indices": case.indices}
-    feeds |= {f"y{j}": y for j, y in enumerate(case.y)}
-    from_bits = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type
-    binding = session.io_binding()
-    for name, array in feeds.items():
-        array = np.ascontiguousarray(array)
-        if array.dtype == DTYPES[2]:
-            value = from_bits(array.view(np.uint16), TensorProto.BFLOAT16)
-        else:
-            value = onnxruntime.OrtValue.ortvalue_from_numpy(array)
-        binding.bind_ortvalue_input(name, value)
-    outputs = []
-    for j, y in enumerate(case.y):
-        out = np.empty_like(y)
-        if y.dtype == DTYPES[2]:
-            value = from_bits(out.view(np.uint16), TensorProto.BFLOAT16)
-        else:
-            value = onnxruntime.OrtValue.ortvalue_from_numpy(out)
-        binding.bind_ortvalue_output(f"out{j}", value)
-        outputs.append(out)
-    session.run_with_iobinding(binding)
-    return outputs
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -104,7 +47,7 @@ def test_operator_equals_scipy(dtype):
     for d_in, d_out, tokens in shapes:
         case = make(rng, dtype, d_in, d_out, rows=4, tokens_per_row=tokens, blends=2, capacity=[120] * len(d_out))
         case.ids[0] = 0
-        changed += check(case, _run(_session(_model(case)), case))
+        changed += check(case, run(_session(model_of(case)), case))
     assert changed == 4
 
 
@@ -120,9 +63,9 @@ def test_operator_is_preferred_to_the_function_and_agrees_with_it(dtype):
     group = contract.Group("q+v", ("q", "v"), 96, (64, 130), (40, 30))
     data_type = ir.DataType.FLOAT if dtype == DTYPES[0] else ir.DataType.FLOAT16
     functions = [ir.to_proto(f) for f in function_body.functions_for(group, data_type, 20)]
-    model = _model(case, functions, function_body.overload_of(group, data_type))
-    fallback = _run(_session(model, with_library=False), case)
-    operator = _run(_session(model), case)
+    model = model_of(case, functions, function_body.overload_of(group, data_type))
+    fallback = run(_session(model, with_library=False), case)
+    operator = run(_session(model), case)
     assert check(case, fallback)
     assert check(case, operator)
 
@@ -137,17 +80,17 @@ def test_operator_is_preferred_to_the_function_and_agrees_with_it(dtype):
         attributes=["d_in", "d_out", "capacity"],
         overload="any",
     )
-    model = _model(case, [wrong], "any")
-    assert _run(_session(model, with_library=False), case)[0].tobytes() == (-case.y[0]).tobytes()
-    assert _run(_session(model), case)[0].tobytes() == operator[0].tobytes()
+    model = model_of(case, [wrong], "any")
+    assert run(_session(model, with_library=False), case)[0].tobytes() == (-case.y[0]).tobytes()
+    assert run(_session(model), case)[0].tobytes() == operator[0].tobytes()
 
 
 def test_rows_do_not_depend_on_the_batch_they_share():
     rng = np.random.default_rng(32)
     case = make(rng, DTYPES[0], 768, [768], rows=5, tokens_per_row=9, capacity=[300])
     case.ids[:, 0] = [1, 0, 2, 3, 1]
-    session = _session(_model(case))
-    (whole,) = _run(session, case)
+    session = _session(model_of(case))
+    (whole,) = run(session, case)
     assert not np.array_equal(whole[:9], case.y[0][:9])
     assert whole[9:18].tobytes() == case.y[0][9:18].tobytes()
     for row in range(5):
@@ -162,7 +105,7 @@ def test_rows_do_not_depend_on_the_batch_they_share():
             [case.y[0][part]],
             case.capacity,
         )
-        assert _run(session, alone)[0].tobytes() == whole[part].tobytes()
+        assert run(session, alone)[0].tobytes() == whole[part].tobytes()
 
 
 def test_behind_a_matmul_whose_memory_it_may_take():
@@ -171,7 +114,7 @@ def test_behind_a_matmul_whose_memory_it_may_take():
     weight = rng.standard_normal((d, d)).astype(np.float32) / 16
     case = make(rng, DTYPES[0], d, [d], rows=2, tokens_per_row=3, capacity=[50])
     case.ids[:] = [[0], [2]]
-    proto = onnx.load_from_string(_model(case))
+    proto = onnx.load_from_string(model_of(case))
     proto.graph.node.insert(0, helper.make_node("MatMul", ["x", "w"], ["y0"]))
     proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
     del proto.graph.input[5]
@@ -190,8 +133,8 @@ def test_leading_dimensions_of_x():
     rng = np.random.default_rng(34)
     case = make(rng, DTYPES[0], 64, [96], rows=2, tokens_per_row=4, capacity=[30])
     case.ids[:] = 1
-    (flat,) = _run(_session(_model(case)), case)
-    proto = onnx.load_from_string(_model(case))
+    (flat,) = run(_session(model_of(case)), case)
+    proto = onnx.load_from_string(model_of(case))
     for info in (proto.graph.input[0], proto.graph.input[5], proto.graph.output[0]):
         width = info.type.tensor_type.shape.dim[1].dim_value
         info.CopyFrom(helper.make_tensor_value_info(info.name, TensorProto.FLOAT, ["batch", "sequence", width]))
@@ -216,7 +159,7 @@ def test_bad_inputs_are_refused_by_name(change, message):
     case = make(np.random.default_rng(35), DTYPES[0], 8, [8], rows=2, tokens_per_row=2, capacity=[10])
     feeds = {"x": case.x, "ids": case.ids, "scales": case.scales, "values": case.values, "indices": case.indices}
     feeds |= {"y0": case.y[0]}
-    session = _session(_model(case))
+    session = _session(model_of(case))
     session.run(None, feeds)
     with pytest.raises(Exception, match=f"SpectralDelta node 'the_node': .*{message}"):
         session.run(None, feeds | change)
@@ -224,7 +167,7 @@ def test_bad_inputs_are_refused_by_name(change, message):
 
 def test_bad_attributes_are_refused():
     case = make(np.random.default_rng(36), DTYPES[0], 8, [8], rows=2, capacity=[10])
-    proto = onnx.load_from_string(_model(case))
+    proto = onnx.load_from_string(model_of(case))
     attribute = next(a for a in proto.graph.node[0].attribute if a.name == "capacity")
     attribute.ints.append(3)
     with pytest.raises(Exception, match="d_out and capacity need one value for each y"):

@@ -16,7 +16,7 @@ import pytest
 
 from sdct_export.native import find_library
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def setting(name: str, what: str) -> str:
@@ -48,6 +48,6 @@ def test_real_registry_creates_clones_serializes_and_refuses() -> None:
     library = find_library("sdct_tensorrt")
     if library is None:
         pytest.skip("the plugin library is not built (set SDCT_LIBRARY_PATH to its folder)")
-    out = run(python, str(ROOT / "tests/trt_registry_check.py"), str(library))
+    out = run(python, str(ROOT / "tests/native/trt_registry_check.py"), str(library))
     assert out.rstrip().endswith("0 failed")
     assert sum(line.startswith("ok ") for line in out.splitlines()) > 25

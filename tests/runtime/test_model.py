@@ -15,8 +15,8 @@ import onnx
 import pytest
 from tiny_bundle import LABELS, WEIGHTS, make_adapter, make_inputs, reference, write_bundle
 
-from sdct_export.adapter import SdctAdapter
-from sdct_export.bundle import Bundle
+from sdct_export.adapter.adapter import SdctAdapter
+from sdct_export.bundle.description import Bundle
 from sdct_export.errors import (
     AdapterFormatError,
     BaseMismatchError,

@@ -8,25 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_bundle import make_adapter, write_bundle
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tiny_bundle import make_adapter, write_bundle, write_tokenizer
 
-from sdct_export.bundle import Bundle, TensorSpec
+from sdct_export.bundle.description import Bundle, TensorSpec
 from sdct_export.errors import AdapterFormatError, ConfigError, OutputError
-from sdct_export.request import encode_text, read_arrays, top_labels, write_arrays
-
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "d", "e", "f", "g"]
-
-
-def write_tokenizer(folder: Path, *, special: bool = True, **settings: object) -> None:
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    if special:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-        )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]"} | settings))
+from sdct_export.runtime.request import encode_text, read_arrays, top_labels, write_arrays
 
 
 @pytest.fixture

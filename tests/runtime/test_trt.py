@@ -12,8 +12,15 @@ import numpy as np
 import pytest
 from tiny_bundle import make_adapter, make_inputs, reference, write_bundle
 
-from sdct_export.build import ENGINE_FILE, PLUGIN_EMBEDDED, PLUGIN_LIBRARY, EngineManifest, Profile, profile_shapes
-from sdct_export.bundle import Bundle, file_sha256
+from sdct_export.bundle.description import Bundle, file_sha256
+from sdct_export.engine.build import (
+    ENGINE_FILE,
+    PLUGIN_EMBEDDED,
+    PLUGIN_LIBRARY,
+    EngineManifest,
+    Profile,
+    profile_shapes,
+)
 from sdct_export.errors import AdapterFormatError, ConfigError, SdctError, UnsupportedError
 from sdct_export.runtime import MultiAdapterModel
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from references import band_of
 
 from sdct_export.errors import ConfigError
-from sdct_export.selection import band_map, band_quotas, bands_of, select, select_for_weight
-from sdct_export.spectrum import dct2
+from sdct_export.spectral.selection import band_map, band_quotas, bands_of, select, select_for_weight
+from sdct_export.spectral.transform import dct2
 
 SHAPES = [(1, 1), (1, 9), (9, 1), (2, 2), (12, 12), (17, 40), (64, 31)]
 

@@ -10,7 +10,16 @@ from references import delta_weight as reference_delta_weight
 from references import relative_error
 
 from sdct_export.errors import ConfigError
-from sdct_export.spectrum import dct, dct2, dct_matrix, delta_weight, dense_spectrum, idct, idct2, sparse_apply
+from sdct_export.spectral.transform import (
+    dct,
+    dct2,
+    dct_matrix,
+    delta_weight,
+    dense_spectrum,
+    idct,
+    idct2,
+    sparse_apply,
+)
 
 DESIGN = [384, 768, 896, 1024, 1536, 2048, 3072, 4096, 4864, 5120, 8192, 11008, 14336, 18944]
 SMALL = [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 27, 30]

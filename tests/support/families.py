@@ -16,10 +16,11 @@ import torch
 from references import delta_weight
 from torch import Tensor, nn
 
-from sdct_export.adapter import Array, SdctAdapter, SdctEntries
-from sdct_export.base import is_conv1d, linear_shape, model_hash
-from sdct_export.bundle import Bundle
-from sdct_export.config import SdctConfig
+from sdct_export.adapter.adapter import SdctAdapter
+from sdct_export.adapter.config import SdctConfig
+from sdct_export.adapter.entries import Array, SdctEntries
+from sdct_export.base.model import is_conv1d, linear_shape, model_hash
+from sdct_export.bundle.description import Bundle
 
 Row = Mapping[str, float]  # adapter name -> scale; empty for the base
 

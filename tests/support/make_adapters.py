@@ -5,8 +5,9 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from sdct_export.adapter import SdctAdapter, SdctEntries
-from sdct_export.config import SdctConfig
+from sdct_export.adapter.adapter import SdctAdapter
+from sdct_export.adapter.config import SdctConfig
+from sdct_export.adapter.entries import SdctEntries
 
 
 def golden() -> SdctAdapter:

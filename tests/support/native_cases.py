@@ -101,6 +101,23 @@ def make(
     )
 
 
+def sorted_hostile(rng: np.random.Generator, dtype: np.dtype, d_in: int, d_out: list[int], n: int) -> Case:
+    """Indices and ids out of range, rows ascending as the contract asks: every sum is defined."""
+    case = make(rng, dtype, d_in, d_out, rows=3, tokens_per_row=4, blends=2, capacity=[n] * len(d_out))
+    extremes = np.array([-(2**31), -1, 2**31 - 1, 2**30, d_in, max(d_out)], np.int64)
+    case.values[1:] = rng.standard_normal(case.values[1:].shape)
+    for slot in case.indices[1:]:
+        bad = rng.random(slot.shape) < 0.3
+        slot[bad] = rng.choice(extremes, int(bad.sum())).astype(np.int32)
+        for at in range(0, n * len(d_out), n):
+            part = slot[at : at + n]
+            part[:] = part[np.argsort(part[:, 0], kind="stable")]
+    case.ids[:] = [[1, 2**31 - 1], [-(2**31), -1], [len(case.values), 2]]
+    case.token_row = rng.choice([-(2**31), -1, 0, 1, 2, 3, 2**31 - 1], len(case.x)).astype(np.int32)
+    case.token_row[:2] = [0, 2]
+    return case
+
+
 def deltas(case: Case) -> list[npt.NDArray[np.float64]]:
     """What is added to y, float64 by scipy; entries and ids out of range count as nothing."""
     spectrum = dct(case.x.astype(np.float64), type=2, norm="ortho", axis=1)

@@ -6,6 +6,7 @@ logits = (mean of o over the unmasked tokens) Wc^T + bc                     bank
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,11 +15,15 @@ import onnx
 import scipy.fft
 from onnx import TensorProto, helper, numpy_helper
 from references import delta_weight
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from sdct_export import contract
-from sdct_export.adapter import DTYPE_NAMES, Array, SdctAdapter, SdctEntries, base_hash, module_digest
-from sdct_export.bundle import AdapterRecord, Bundle, Group, Head, TensorSpec, adapter_sha256, file_sha256
-from sdct_export.config import SdctConfig
+from sdct_export.adapter.adapter import SdctAdapter
+from sdct_export.adapter.config import SdctConfig
+from sdct_export.adapter.entries import DTYPE_NAMES, Array, SdctEntries
+from sdct_export.base.identity import base_hash, module_digest
+from sdct_export.bundle.description import AdapterRecord, Bundle, TensorSpec, adapter_sha256, file_sha256
+from sdct_export.contract import Group, Head
 
 VOCABULARY, D, Q, V, OUT, LABELS = 11, 13, 10, 7, 9, 4
 SHAPES = {"block.q": (Q, D), "block.v": (V, D), "block.o": (OUT, Q + V)}
@@ -234,3 +239,17 @@ class _Graph:
         model = helper.make_model(graph, ir_version=contract.IR_VERSION, opset_imports=[helper.make_opsetid("", 18)])
         onnx.checker.check_model(model)
         return model
+
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "d", "e", "f", "g"]
+
+
+def write_tokenizer(folder: Path, *, special: bool = True, **settings: object) -> None:
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if special:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]"} | settings))

@@ -8,7 +8,7 @@ import torch
 from references import delta_weight, relative_error
 from torch import Tensor
 
-from sdct_export import spectrum
+from sdct_export.spectral import transform as spectrum
 from sdct_export.tuning import layer
 from sdct_export.tuning.layer import add_delta
 

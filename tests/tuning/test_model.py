@@ -23,7 +23,7 @@ from sdct_export.errors import (
     UnknownAdapterError,
     UnsupportedError,
 )
-from sdct_export.spectrum import dct2
+from sdct_export.spectral.transform import dct2
 
 IDS = torch.tensor([[5, 17, 40, 3, 22, 71, 9], [90, 2, 2, 61, 8, 33, 14]])
 

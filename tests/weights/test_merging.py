@@ -18,11 +18,11 @@ from references import delta_weight
 from safetensors.torch import load_file, save_file
 
 from sdct_export import SdctAdapter, SdctConfig
-from sdct_export.adapter import SdctEntries
-from sdct_export.base import find_linear, linear_shape, linear_weight, load_base, model_hash, to_numpy
-from sdct_export.checkpoint import Checkpoint
+from sdct_export.adapter.entries import SdctEntries
+from sdct_export.base.checkpoint import Checkpoint
+from sdct_export.base.model import find_linear, linear_shape, linear_weight, load_base, model_hash, to_numpy
 from sdct_export.errors import BaseMismatchError, ConfigError, OutputError, SdctError, UnsupportedError
-from sdct_export.merging import merge, merge_checkpoint, round_once
+from sdct_export.weights.merging import merge, merge_checkpoint, round_once
 
 SIZES: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 36, "intermediate_size": 44, "num_attention_heads": 2}
 IDS = {"vocab_size": 61, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -122,8 +122,8 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_merge_equals_the_dense_reference_and_unmerge_restores_every_bit(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdct_export.merging.BAND", 100)  # many bands in each of these small matrices
-    monkeypatch.setattr("sdct_export.merging.COLUMNS", 5)
+    monkeypatch.setattr("sdct_export.weights.merging.BAND", 100)  # many bands in each of these small matrices
+    monkeypatch.setattr("sdct_export.weights.merging.COLUMNS", 5)
     model, task = make_model(family)
     adapter = make_adapter(model, FAMILIES[family][2], task)
     before = state(model)
@@ -602,7 +602,7 @@ def test_non_finite_results_leave_no_output(value: float, base: tuple[Path, Sdct
 def test_full_disk_and_existing_output_lose_nothing(
     base: tuple[Path, SdctAdapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sdct_export.merging as module
+    import sdct_export.weights.merging as module
 
     folder, adapter = base
     (tmp_path / "taken").mkdir()

@@ -20,7 +20,7 @@ from references import relative_error
 from safetensors.torch import load_file, save_file
 
 from sdct_export import SdctAdapter, merge, merge_checkpoint, project
-from sdct_export.base import find_linear, linear_weight, load_base
+from sdct_export.base.model import find_linear, linear_weight, load_base
 from sdct_export.errors import AdapterFormatError, BaseMismatchError, ConfigError, SdctError, UnsupportedError
 
 SIZES: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 36, "intermediate_size": 44, "num_attention_heads": 2}

@@ -1,0 +1,12 @@
+from .adapter import SdctAdapter as SdctAdapter
+from .adapter import SdctConfig as SdctConfig
+from .errors import SdctError as SdctError
+from .export import export_merged as export_merged
+from .export import export_multi as export_multi
+from .tuning import SdctModel as SdctModel
+from .tuning import get_sdct_model as get_sdct_model
+from .weights import merge as merge
+from .weights import merge_checkpoint as merge_checkpoint
+from .weights import project as project
+
+__version__: str

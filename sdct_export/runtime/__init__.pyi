@@ -1,0 +1,2 @@
+from .bank import AdapterInfo as AdapterInfo
+from .model import MultiAdapterModel as MultiAdapterModel

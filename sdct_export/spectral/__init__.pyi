@@ -1,0 +1,9 @@
+from .selection import band_map as band_map
+from .selection import select as select
+from .selection import select_for_weight as select_for_weight
+from .transform import dct as dct
+from .transform import dct2 as dct2
+from .transform import delta_weight as delta_weight
+from .transform import idct as idct
+from .transform import idct2 as idct2
+from .transform import sparse_apply as sparse_apply

@@ -1,0 +1,2 @@
+from .model import SdctModel as SdctModel
+from .model import get_sdct_model as get_sdct_model

@@ -287,7 +287,7 @@ def prepare_graph(bundle: Bundle, *, old: bool = False) -> Path:
             return target
         raise UnsupportedError(
             f"preparing {bundle.model_path} for TensorRT needs the package onnx, or {target.name} in the bundle; "
-            "pip install onnx, or call sdct_export.build.prepare_graph where onnx is installed"
+            "pip install onnx, or call sdct_export.engine.prepare_graph where onnx is installed"
         ) from None
     try:
         model = onnx.load(bundle.model_path, load_external_data=False)

@@ -58,7 +58,7 @@ def test_the_writer_writes_what_safetensors_writes(tmp_path: Path) -> None:
 
 
 def test_tensors_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdct_export.checkpoint.CHUNK_BYTES", 37)
+    monkeypatch.setattr("sdct_export.base.checkpoint.CHUNK_BYTES", 37)
     torch.manual_seed(0)
     model = transformers.BertModel(transformers.BertConfig(**SIZES, vocab_size=31)).half()
     model.save_pretrained(tmp_path / "base")

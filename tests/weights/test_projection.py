@@ -113,8 +113,8 @@ LORA: dict[str, Callable[[], peft.PeftConfig]] = {
 def test_all_coefficients_reproduce_the_merge_of_peft(
     kind: str, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdct_export.changes.BAND", 100)  # many bands in each of these small matrices
-    monkeypatch.setattr("sdct_export.changes.COLUMNS", 5)
+    monkeypatch.setattr("sdct_export.weights.changes.BAND", 100)  # many bands in each of these small matrices
+    monkeypatch.setattr("sdct_export.weights.changes.COLUMNS", 5)
     folder, merged, changes = tune(bert, "SEQ_CLS", LORA[kind](), tmp_path / "peft", labels=3)
     adapter, report = project(bert, lora=folder, n_coefficients=44 * 36)
     assert set(adapter.modules) == set(changes) - {"classifier"}
@@ -191,7 +191,7 @@ def test_the_largest_coefficients_and_the_report(dtype: str, bert: Path, tmp_pat
 
 
 def test_a_total_budget_keeps_the_largest_of_all(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdct_export.projection.SEARCHED", 100)  # many bands in each of these small matrices
+    monkeypatch.setattr("sdct_export.weights.projection.SEARCHED", 100)  # many bands in each of these small matrices
     folder, _, changes = tune(bert, "SEQ_CLS", LORA["rslora"](), tmp_path / "peft")
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)

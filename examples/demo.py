@@ -157,14 +157,23 @@ def check(tasks: list[Task], data: dict[str, tuple[Encoded, Encoded]], base: Any
     for failed in (c for c in (*report.checks, *report_merged.checks) if not c.ok):
         console.print(f"[red]failed[/red] {failed.name}: {failed.detail}")
     served = ", ".join(f"{name} {count / CHECKED:.3f}" for name, count in right.items())
+    how = "the native operator" if multi.native else "the portable body in the file (sdct-export doctor says why)"
     lines = [
+        f"adapters run through {how}",
         f"one mixed batch ({', '.join(tasks_in(choice))}): largest gap to the merged model {gap:.1e}; "
         f"the base row is {'bit for bit the base' if base_same else 'NOT the base'}",
         f"first {CHECKED} test texts of each task in mixed batches of 30 through ONNX Runtime: {served}",
         f"verify: {len(report.checks) + len(report_merged.checks)} checks {'passed' if ok else 'FAILED'}, "
         f"largest error against torch {max(errors):.1e}",
     ]
-    return {"lines": lines, "ok": ok, "gap_to_merged": gap, "base_row_exact": base_same, "largest_error": max(errors)}
+    return {
+        "lines": lines,
+        "ok": ok,
+        "native_operator": multi.native,
+        "gap_to_merged": gap,
+        "base_row_exact": base_same,
+        "largest_error": max(errors),
+    }
 
 
 def tasks_in(choice: list[Any]) -> list[str]:

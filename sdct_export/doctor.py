@@ -11,7 +11,7 @@ from importlib import metadata
 
 from . import __version__
 from .errors import SdctError
-from .native import find_library, operator_library
+from .native import find_library, has_cuda, instruction_set, operator_library, register_operator, why_no_operator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +37,7 @@ def examine() -> list[Finding]:
         _package("onnx", f"{needed} (to export and to prepare engines)"),
         _guarded("onnxruntime", _onnxruntime, "pip install onnxruntime-gpu (or onnxruntime without a GPU)"),
         _guarded(
-            "operator library",
-            _operator,
-            "optional, makes adapters faster on ONNX Runtime: install the package again where a C++ compiler is found",
+            "operator library", _operator, f"optional, makes adapters faster on ONNX Runtime: {why_no_operator()}"
         ),
         _guarded("CUDA driver", _driver, "optional, for a GPU: install NVIDIA's driver, then check with nvidia-smi"),
         _package("cuda-bindings", "optional, for TensorRT: pip install 'sdct_export[tensorrt]'"),
@@ -81,8 +79,15 @@ def _onnxruntime() -> str | None:
 
 
 def _operator() -> str | None:
+    """Says "in use" only of a library that loads and that ONNX Runtime accepts."""
     path = operator_library()
-    return None if path is None else str(path)
+    if path is None:
+        return None
+    import onnxruntime
+
+    register_operator(onnxruntime.SessionOptions())
+    places = f"CPU ({instruction_set(path)})" + (" and CUDA" if has_cuda(path) else "")
+    return f"in use on {places}: {path}"
 
 
 def _plugin() -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,17 +32,19 @@ def operator_library() -> Path | None:
     return path
 
 
-def register_operator(options: Any) -> bool:
-    """Make sessions with `options` (an `onnxruntime.SessionOptions`) run `SpectralDelta` nodes natively.
+def register_operator(options: Any, device: str = "cpu") -> bool:
+    """Make sessions with `options` (an `onnxruntime.SessionOptions`) run `SpectralDelta` nodes natively on `device`.
 
-    Returns whether there was a library. The model stays as it is: ONNX Runtime prefers a registered operator to the
-    model-local function of the same domain and name, whatever the node's overload (seen with 1.23 and 1.31).
+    Returns whether there was a library for that device (`cpu` or `cuda`). A library without GPU kernels is left out on
+    a GPU: its nodes would run on the CPU with copies there and back, while the function body stays on the GPU.
+    The model stays as it is: ONNX Runtime prefers a registered operator to the model-local function of the same domain
+    and name, whatever the node's overload (seen with 1.23 and 1.31).
 
     Raises:
         UnsupportedError: as `operator_library`, or ONNX Runtime refuses the library.
     """
     path = operator_library()
-    if path is None:
+    if path is None or (device == "cuda" and not has_cuda(path)):
         return False
     try:
         options.register_custom_ops_library(str(path))
@@ -51,6 +54,35 @@ def register_operator(options: Any) -> bool:
             f"or set {LIBRARY_PATH} to an empty folder to run without it"
         ) from error
     return True
+
+
+def has_cuda(path: Path) -> bool:
+    """Whether the operator library at `path` was built with GPU kernels."""
+    return bool(ctypes.CDLL(str(path)).sdct_cuda())
+
+
+def instruction_set(path: Path) -> str:
+    """What the operator library at `path` computes with on this CPU: `avx512`, `avx2` or `baseline`."""
+    name = ctypes.CDLL(str(path)).sdct_cpu_isa
+    name.restype = ctypes.c_char_p
+    return str(name().decode())
+
+
+def why_no_operator(device: str = "cpu") -> str:
+    """Why bundles run through the portable body on this machine, and what to do about it: one sentence."""
+    again = "pip install --force-reinstall --no-deps sdct_export"
+    folders = os.environ.get(LIBRARY_PATH)
+    path = find_library("sdct_onnxruntime")
+    if path is not None:
+        fault = "was built without GPU kernels" if device.startswith("cuda") else "cannot be used"
+        return f"{path} {fault}; install it again{' where nvcc is' if device.startswith('cuda') else ''}: {again}"
+    if folders is not None:
+        return f"{LIBRARY_PATH}={folders!r} leads to no operator library; unset it, or name the folder of one"
+    if any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++", "cl")):
+        return f"the package was installed where no C++ compiler was found; there is one now, so run: {again}"
+    return (
+        f"there is no operator library and no C++ compiler to build it; install one (such as g++), then run: {again}"
+    )
 
 
 def find_library(stem: str) -> Path | None:

@@ -98,6 +98,22 @@ def _signature(specs: Sequence[TensorSpec]) -> str:
     return ", ".join(f"{s.name} {s.dtype} [{', '.join(map(str, s.shape))}]" for s in specs)
 
 
+def _operator(bundle: Bundle) -> dict[str, object] | None:
+    """How ONNX Runtime would run the adapters of `bundle` on this machine's CPU, None for a merged bundle."""
+    from ..errors import UnsupportedError
+    from ..native import operator_library, why_no_operator
+
+    if not bundle.groups:
+        return None
+    try:
+        path = operator_library()
+    except UnsupportedError as error:  # what a run would refuse; the bundle can be described all the same
+        return {"native": False, "detail": str(error)}
+    if path is None:
+        return {"native": False, "detail": f"the portable body in the file, the slower way: {why_no_operator()}"}
+    return {"native": True, "detail": f"the native operator, {path}"}
+
+
 def _show_bundle(bundle: Bundle, as_json: bool) -> None:
     from ..errors import AdapterFormatError, VerificationError
 
@@ -110,8 +126,9 @@ def _show_bundle(bundle: Bundle, as_json: bool) -> None:
             states[name] = "changed"
         except AdapterFormatError:
             states[name] = "missing"
+    operator = _operator(bundle)
     if as_json:
-        described = dataclasses.asdict(bundle) | {"path": str(bundle.path)}
+        described = dataclasses.asdict(bundle) | {"path": str(bundle.path), "operator": operator}
         del described["module_digests"]
         for name, state in states.items():
             described["adapters"][name]["state"] = state
@@ -128,6 +145,8 @@ def _show_bundle(bundle: Bundle, as_json: bool) -> None:
         ("outputs", _signature(bundle.outputs)),
     ):
         click.echo(f"{name}: {printable(value)}")
+    if operator is not None:
+        click.echo(f"adapters run through: {operator['detail']}")
     if bundle.groups:
         click.echo()
         rows = [(g.name, g.d_in, " ".join(map(str, g.d_out)), " ".join(map(str, g.capacity))) for g in bundle.groups]

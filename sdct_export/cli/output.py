@@ -8,6 +8,7 @@ import math
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,7 +26,11 @@ class Main(click.Group):
             # end like Ctrl-C, so that unfinished outputs are removed
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_, **__: click.echo(
+                    f"warning: {printable(str(message))}", err=True
+                )
+                return super().invoke(ctx)
         except (SdctError, OSError) as error:
             if isinstance(error, BrokenPipeError):  # the reader of a pipe has gone; click ends quietly
                 raise

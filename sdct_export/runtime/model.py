@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -10,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from .. import contract
+from .. import contract, native
 from ..adapter.adapter import SdctAdapter
 from ..adapter.entries import Array
 from ..bundle.description import Bundle, TensorSpec
@@ -33,6 +35,7 @@ class Backend(Memory[T], Protocol):
 
     inputs: dict[str, tuple[int | str | None, ...]]
     outputs: tuple[str, ...]
+    native: bool  # adapters run through the operator or plugin, not through the portable function in the file
 
     def run(self, inputs: Mapping[str, Array], bank: Mapping[str, T]) -> dict[str, Array]:
         """All outputs as arrays in host memory."""
@@ -92,10 +95,17 @@ class MultiAdapterModel:
         self._check_graph([*layout])
         self._bank: Bank[Any] | None = None
         if self.bundle.kind == "multi":
+            if self.bundle.groups and not self._backend.native:
+                _warn_of_the_portable_body(device or "cpu")
             self._bank = Bank(layout, self._backend, max_slots)
             for name in self.bundle.adapters:
                 self.bundle.check_adapter(name)
                 self.load_adapter(name, self.bundle.adapter_path(name))
+
+    @property
+    def native(self) -> bool:
+        """Whether adapters run through the native operator (or TensorRT's plugin), not the slower portable body."""
+        return self._backend.native
 
     @property
     def adapters(self) -> Mapping[str, AdapterInfo]:
@@ -178,6 +188,15 @@ class MultiAdapterModel:
                 f"{self.bundle.path}: the model and its description disagree about {differ[0]!r}; "
                 "export the bundle again"
             )
+
+
+@functools.cache  # once a process and device
+def _warn_of_the_portable_body(device: str) -> None:
+    warnings.warn(
+        f"adapters run through the portable function in the ONNX file, which is right but slower: "
+        f"{native.why_no_operator(device)}",
+        stacklevel=3,
+    )
 
 
 def _check_adapters(adapters: Selection | Sequence[Selection], batch: int) -> list[dict[str, float]]:

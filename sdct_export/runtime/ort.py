@@ -33,6 +33,8 @@ class OrtBackend:
         device: `cpu`, `cuda` or `cuda:N`.
         threads: threads within an operator, None for ONNX Runtime's choice.
 
+    `native` says whether adapters run through the native operator; else it is the portable function in the file.
+
     Raises:
         ConfigError: `device` or `threads` has no such value.
         UnsupportedError: the device is not available here; there is no silent fallback to the CPU.
@@ -52,7 +54,7 @@ class OrtBackend:
         options.log_severity_level = 4  # errors reach the user as exceptions, not as log lines beside them
         # the portable body's matrices are copied into every node; adapters on all layers of a large model exceed 1 GiB
         options.add_session_config_entry("session.function_expansion_byte_limit", str(1 << 40))
-        native.register_operator(options)
+        self.native = native.register_operator(options, self._device)
         if threads is not None:
             options.intra_op_num_threads = threads
         try:

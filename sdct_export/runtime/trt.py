@@ -125,6 +125,8 @@ class TrtBackend:
         AdapterFormatError: the engine is missing, damaged, or of another bundle or TensorRT version.
     """
 
+    native = True  # an engine holds the plugin, there is no other way
+
     def __init__(self, bundle: Bundle, device: str = "cuda", engine: str | Path | None = None) -> None:
         match = re.fullmatch(r"cuda(?::(\d+))?", device) if isinstance(device, str) else None
         if match is None:

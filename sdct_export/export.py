@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ import torch
 from torch import nn
 
 from .adapter.adapter import SdctAdapter
-from .adapter.folder import CONFIG_FILE, WEIGHTS_FILE
+from .adapter.folder import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE, write_training
 from .base.model import check_base, find_linear, linear_shape, load_base, model_digests, model_hash, to_numpy
 from .base.reference import run_rows, sample_inputs
+from .base.training import check_record, class_of, fresh_parameters
 from .bundle.description import (
     ADAPTERS_FOLDER,
     DATA_FILE,
@@ -35,6 +37,7 @@ from .errors import BaseMismatchError, ConfigError, UnsupportedError
 from .files import check_adapter_name, new_folder
 from .graph.insert import InsertAdapters
 from .graph.trace import trace
+from .tuning.model import SdctModel
 
 AdapterLike = SdctAdapter | str | Path
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -68,19 +71,22 @@ class _Base:
 
 def export_merged(
     model: str | Path | nn.Module,
-    adapter: AdapterLike,
+    adapter: AdapterLike | None,
     output: str | Path,
     *,
     task_type: str | None = None,
+    model_class: str | None = None,
     dtype: str | None = None,
 ) -> Bundle:
     """Write a bundle whose `model.onnx` has `adapter` merged into its weights; it runs like any ONNX model.
 
     Args:
-        model: checkpoint folder, or a transformers model (left as it is).
-        adapter: an adapter or its folder.
+        model: checkpoint folder, or a transformers model or `SdctModel` (left as it is).
+        adapter: an adapter or its folder; of an `SdctModel` also the name of one on it, or None for the active one.
         output: the new folder.
-        task_type: chooses the model class of a checkpoint; default: what the adapter's config says.
+        task_type: chooses the model class of a checkpoint; default: the class the adapter was trained on, or else the
+            task its config names.
+        model_class: `MODULE:CLASS` of a checkpoint, needed where the adapter was trained on a class of one's own.
         dtype: `float32` or `float16`; default: the base's own, float32 for a bfloat16 base.
 
     Raises:
@@ -90,34 +96,43 @@ def export_merged(
     """
     from .weights.merging import merge
 
-    named = {"adapter": _load(adapter)}
-    base = _prepare(model, named, task_type)
+    if adapter is None and isinstance(model, SdctModel):
+        adapter = model.active
+    named = {name: _load(a) for name, a in _named(model, [adapter]).items()}
+    base = _prepare(model, named, task_type, model_class)
+    (merged,) = named.values()
     exported = _export_dtype(base, dtype)
-    merge(base.model.float(), named["adapter"])
+    merge(base.model.float(), merged)
     base.model.to(DTYPES[exported])
     with new_folder(output) as folder:
         graph = trace(base.model)
         _write(folder, "merged", base, exported, graph, len(graph.graph.inputs), (), (), {})
+        if merged.trained_on is not None:
+            write_training(folder, merged.trained_on)
         _record(base.model.float(), {}, folder)  # in place: the graph shared these weights
     return Bundle.load(output)
 
 
 def export_multi(
     model: str | Path | nn.Module,
-    adapters: Mapping[str, AdapterLike],
+    adapters: Mapping[str, AdapterLike] | Sequence[AdapterLike] | None,
     output: str | Path,
     *,
     task_type: str | None = None,
+    model_class: str | None = None,
     dtype: str | None = None,
 ) -> Bundle:
     """Write a bundle in which every batch row picks its own adapters (see `contract`).
 
     Args:
-        model: checkpoint folder, or a transformers model (left as it is).
-        adapters: name -> adapter or its folder. Capacities and the number of labels come from the largest of them;
-            others that fit can be loaded when the bundle runs.
+        model: checkpoint folder, or a transformers model or `SdctModel` (left as it is).
+        adapters: name -> adapter or its folder; or a list of folders, named as these are. Of an `SdctModel` also a
+            list of names of adapters on it, or None for all of them. Capacities and the number of labels come from
+            the largest; others that fit can be loaded when the bundle runs.
         output: the new folder.
-        task_type: chooses the model class of a checkpoint; default: what the adapters' configs say.
+        task_type: chooses the model class of a checkpoint; default: the class the adapters were trained on, or else
+            the task their configs name.
+        model_class: `MODULE:CLASS` of a checkpoint, needed where adapters were trained on a class of one's own.
         dtype: `float32` or `float16`; default: the base's own, float32 for a bfloat16 base.
 
     Raises:
@@ -126,10 +141,11 @@ def export_multi(
         UnsupportedError: the model or a saved module cannot be exported; names the module and the reason.
         OutputError: `output` exists, or cannot be written.
     """
-    if not adapters:
+    sources = _named(model, adapters)
+    if not sources:
         raise ConfigError("a multi-adapter export needs at least one adapter, to know which modules to prepare")
-    named = {check_adapter_name(name): _load(adapter) for name, adapter in adapters.items()}
-    base = _prepare(model, named, task_type)
+    named = {check_adapter_name(name): _load(adapter) for name, adapter in sources.items()}
+    base = _prepare(model, named, task_type, model_class)
     heads = _heads(base.model, named)
     capacity = {m: max(a.modules[m].n for a in named.values() if m in a.modules) for m in base.shapes}
     exported = _export_dtype(base, dtype)
@@ -140,7 +156,7 @@ def export_multi(
         insertion = InsertAdapters(base.shapes, capacity, heads)
         insertion(graph)
         label_head = _label_head(base.model, named)
-        records = {name: _ship(folder, name, adapters[name], a, label_head) for name, a in named.items()}
+        records = {name: _ship(folder, name, sources[name], a, label_head) for name, a in named.items()}
         _write(folder, "multi", base, exported, graph, own_inputs, insertion.groups, insertion.heads, records)
         _record(base.model.float(), named, folder)  # in place: the graph shared these weights
         described = Bundle.load(folder)
@@ -150,23 +166,56 @@ def export_multi(
     return Bundle.load(output)
 
 
+def _named(
+    model: str | Path | nn.Module, adapters: Mapping[str, AdapterLike] | Sequence[AdapterLike | None] | None
+) -> Mapping[str, AdapterLike]:
+    """Name -> adapter or its folder, whatever form the caller chose."""
+    if isinstance(adapters, Mapping):
+        return adapters
+    live = model if isinstance(model, SdctModel) else None
+    if adapters is None:
+        adapters = [] if live is None else live.adapters
+    if isinstance(adapters, str | Path | SdctAdapter):
+        adapters = [adapters]
+    named: dict[str, AdapterLike] = {}
+    for item in adapters:
+        if item is None:
+            raise ConfigError("no adapter was given, and none is active on the model; name one")
+        if live is not None and isinstance(item, str) and item in live.configs:
+            name, item = item, live.adapter(item)
+        else:
+            name = "adapter" if isinstance(item, SdctAdapter) else Path(item).resolve().name
+        if name in named:
+            raise ConfigError(f"two adapters are called {name!r}; pass a mapping of names to adapters")
+        named[name] = item
+    return named
+
+
 def _load(adapter: AdapterLike) -> SdctAdapter:
     return adapter if isinstance(adapter, SdctAdapter) else SdctAdapter.load(adapter)
 
 
-def _prepare(source: str | Path | nn.Module, named: Mapping[str, SdctAdapter], task_type: str | None) -> _Base:
-    """Load or copy the base, size its head for the adapters, and check that every adapter fits."""
+def _prepare(
+    source: str | Path | nn.Module, named: Mapping[str, SdctAdapter], task_type: str | None, model_class: str | None
+) -> _Base:
+    """Load or copy the base, size its head for the adapters, and check that every adapter was trained on it."""
     task = task_type or _common_task(named)
+    fresh = None
     if isinstance(source, nn.Module):
-        model = copy.deepcopy(source).eval()
+        fresh = source.fresh_parameters if isinstance(source, SdctModel) else fresh_parameters(source)
+        model = (source.plain_base() if isinstance(source, SdctModel) else copy.deepcopy(source)).eval()
     else:
-        model = load_base(source, task)
+        chosen = None if task_type and model_class is None else class_of(named, model_class)
+        saved = set.intersection(*(set(adapter.saved) for adapter in named.values()))
+        load = functools.partial(load_base, source, task, model_class=chosen, saved=saved)
+        model = load()
         head = _label_head(model, named)
         labels = max(_labels(adapter, head) or 0 for adapter in named.values())
         if labels and head and labels != model.get_parameter(f"{head}.weight").shape[0]:
-            model = _with_labels(source, task, labels, model, head)
+            model = _with_labels(load, labels, model, head)
     for name, adapter in named.items():
         check_base(adapter, model, label=f"adapter {name!r}")
+        check_record(adapter, model, fresh, label=f"adapter {name!r}")
     shapes = _shapes(model, named)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     if task is None:
@@ -204,10 +253,10 @@ def _labels(adapter: SdctAdapter, head: str | None) -> int | None:
     return None if weight is None else int(weight.shape[0])
 
 
-def _with_labels(source: str | Path, task: str | None, labels: int, model: nn.Module, head: str) -> nn.Module:
+def _with_labels(load: Callable[..., nn.Module], labels: int, model: nn.Module, head: str) -> nn.Module:
     """The base with a head of `labels`, or `model` itself where its trained head is larger than that."""
     try:
-        return load_base(source, task, num_labels=labels)
+        return load(num_labels=labels)
     except BaseMismatchError:
         if model.get_parameter(f"{head}.weight").shape[0] < labels:
             raise
@@ -264,7 +313,7 @@ def _ship(folder: Path, name: str, source: AdapterLike, adapter: SdctAdapter, he
         adapter.save(target)
     else:
         target.mkdir(parents=True)
-        for file in (CONFIG_FILE, WEIGHTS_FILE):
+        for file in (CONFIG_FILE, WEIGHTS_FILE, *([TRAINING_FILE] if (Path(source) / TRAINING_FILE).exists() else [])):
             shutil.copyfile(Path(source) / file, target / file)
     return AdapterRecord(adapter_sha256(target), _labels(adapter, head))
 

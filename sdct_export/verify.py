@@ -15,6 +15,8 @@ import numpy as np
 
 from .adapter.adapter import SdctAdapter
 from .adapter.entries import Array
+from .adapter.folder import read_training
+from .adapter.training import TOLERANCES as TRAINING_TOLERANCES
 from .bundle.description import DATA_FILE, PROBE_FILE, Bundle, file_sha256
 from .bundle.probe import Probe, Row
 from .errors import BaseMismatchError, SdctError
@@ -52,17 +54,25 @@ class Report:
         return all(check.ok for check in self.checks)
 
 
-def verify(bundle: str | Path, model: str | Path | nn.Module | None = None, *, device: str = "cpu") -> Report:
+def verify(
+    bundle: str | Path,
+    model: str | Path | nn.Module | None = None,
+    *,
+    model_class: str | None = None,
+    device: str = "cpu",
+) -> Report:
     """Check an exported bundle.
 
     Always: the files have their recorded hashes; the outputs equal those torch gave at export, for base rows, each
-    probed adapter, a mixed batch and a blend; base rows of a mixed batch equal a run without adapters bit for bit;
-    every adapter changes the output. With `model`, the base it was exported from: its weights have the recorded hash,
-    and every adapter, blends and base rows equal what torch computes now, on other inputs.
+    probed adapter, a mixed batch and a blend, and those that each adapter's model gave when it was saved after its
+    training; base rows of a mixed batch equal a run without adapters bit for bit; every adapter changes the output.
+    With `model`, the base it was exported from: its weights have the recorded hash, and every adapter, blends and base
+    rows equal what torch computes now, on other inputs.
 
     Args:
         bundle: the exported folder.
-        model: checkpoint folder of the base, or the torch model itself (left as it is).
+        model: checkpoint folder of the base, or the torch model or `SdctModel` itself (left as it is).
+        model_class: `MODULE:CLASS` of a checkpoint, needed where it was exported from a class of one's own.
         device: where the bundle runs, see `MultiAdapterModel`.
 
     Raises:
@@ -72,7 +82,7 @@ def verify(bundle: str | Path, model: str | Path | nn.Module | None = None, *, d
     described = Bundle.load(bundle)
     checks = list(_files(described))
     if all(check.ok for check in checks):  # numbers of changed files would say nothing more
-        checks += _numbers(described, model, device)
+        checks += _numbers(described, model, model_class, device)
     return Report(str(bundle), tuple(checks))
 
 
@@ -120,18 +130,21 @@ def _files(bundle: Bundle) -> Iterator[Check]:
             yield Check(f"files of adapter {name}", False, str(error))
 
 
-def _numbers(bundle: Bundle, model: str | Path | nn.Module | None, device: str) -> Iterator[Check]:
+def _numbers(
+    bundle: Bundle, model: str | Path | nn.Module | None, model_class: str | None, device: str
+) -> Iterator[Check]:
     try:
         probe = Probe.read(bundle.path / PROBE_FILE)
         runner = MultiAdapterModel(bundle, device=device)
         yield from _against_probe(bundle, runner, probe)
+        yield from _against_training(bundle, runner)
         if bundle.kind == "multi":
             yield from _effects(bundle, runner, probe)
     except SdctError as error:
         yield Check("run", False, str(error))
         return
     if model is not None:
-        yield from _against_torch(bundle, runner, model)
+        yield from _against_torch(bundle, runner, model, model_class)
 
 
 def _run(runner: MultiAdapterModel, inputs: Mapping[str, Array], rows: Sequence[Row]) -> dict[str, Array]:
@@ -170,6 +183,23 @@ def _against_probe(bundle: Bundle, runner: MultiAdapterModel, probe: Probe) -> I
             yield _measured(bundle, f"recorded {case.name}", error, "against torch at export")
 
 
+def _against_training(bundle: Bundle, runner: MultiAdapterModel) -> Iterator[Check]:
+    """What each adapter's model gave when it was saved after training, against what the bundle gives."""
+    merged = bundle.kind == "merged"
+    folders = {"": bundle.path} if merged else {name: bundle.adapter_path(name) for name in bundle.adapters}
+    for name, folder in folders.items():
+        check = f"trained {name}".strip()
+        record = read_training(folder)
+        if record is None or record.probe is None:
+            continue  # projected from weights, or saved by an older version
+        inputs = {
+            spec.name: record.probe.inputs[spec.name] for spec in bundle.inputs if spec.name in record.probe.inputs
+        }
+        error = record.probe.difference(runner.run(inputs, None if merged else name))
+        limit = max(TRAINING_TOLERANCES[record.probe.dtype], TRAINING_TOLERANCES[bundle.dtype])
+        yield Check(check, error <= limit, f"against the model as trained, {record.model_class}", error, limit)
+
+
 def _effects(bundle: Bundle, runner: MultiAdapterModel, probe: Probe) -> Iterator[Check]:
     """Base rows keep every bit beside rows with adapters, and every adapter changes its row."""
     inputs = {name: np.resize(array, (ROWS, *array.shape[1:])) for name, array in probe.inputs.items()}
@@ -189,13 +219,16 @@ def _effects(bundle: Bundle, runner: MultiAdapterModel, probe: Probe) -> Iterato
     yield Check("base rows", exact, detail)
 
 
-def _against_torch(bundle: Bundle, runner: MultiAdapterModel, source: str | Path | nn.Module) -> Iterator[Check]:
+def _against_torch(
+    bundle: Bundle, runner: MultiAdapterModel, source: str | Path | nn.Module, model_class: str | None
+) -> Iterator[Check]:
     import torch
 
     from .base.model import find_linear, linear_shape, model_hash, to_numpy
     from .base.reference import run_rows, sample_inputs
 
-    base = _load_base(bundle, source)
+    adapters = {name: SdctAdapter.load(bundle.adapter_path(name)) for name in bundle.adapters}
+    base = _load_base(bundle, source, model_class, adapters)
     shapes = {m: linear_shape(find_linear(base, m)) or (0, 0) for m in bundle.module_digests[bundle.base_hash_dtype]}
     if model_hash(base, shapes, bundle.base_hash_dtype) != bundle.base_hash:
         yield Check("base model", False, "has other weights than the base this bundle was exported from")
@@ -204,7 +237,6 @@ def _against_torch(bundle: Bundle, runner: MultiAdapterModel, source: str | Path
     base = base.to(getattr(torch, bundle.dtype)).float()
     tensors = sample_inputs(base, batch=ROWS, sequence=11, seed=2)
     inputs = {name: to_numpy(tensor) for name, tensor in tensors.items()}
-    adapters = {name: SdctAdapter.load(bundle.adapter_path(name)) for name in bundle.adapters}
     padding = label_padding(bundle)
     errors: dict[str, float] = {}
     for rows in _plans(list(adapters)):
@@ -233,20 +265,33 @@ def _plans(names: list[str]) -> Iterator[list[Row]]:
         yield [((first, 0.5), (last, 0.5)), ((last, -0.25), (first, 1.5)), *[()] * (ROWS - 2)]
 
 
-def _load_base(bundle: Bundle, source: str | Path | nn.Module) -> nn.Module:
+def _load_base(
+    bundle: Bundle, source: str | Path | nn.Module, model_class: str | None, adapters: Mapping[str, SdctAdapter]
+) -> nn.Module:
     """A private copy of the base, of the class the bundle was exported from."""
     import copy
 
     from .base.model import load_base
+    from .base.training import class_of
+    from .tuning.model import SdctModel
 
     if isinstance(source, str | Path):
         labels = [spec.shape[-1] for spec in bundle.outputs if spec.name == "logits" and bundle.task.endswith("_CLS")]
-        base = load_base(source, bundle.task, num_labels=labels[0] if labels and isinstance(labels[0], int) else None)
+        size = labels[0] if labels and isinstance(labels[0], int) else None
+        merged = read_training(bundle.path) if bundle.kind == "merged" else None
+        if merged is not None and model_class is None and merged.model_class.startswith("transformers:"):
+            model_class = merged.model_class
+        saved = set(merged.fresh_parameters or ()) if merged else {n for a in adapters.values() for n in a.saved}
+        base = load_base(
+            source, bundle.task, num_labels=size, model_class=class_of(adapters, model_class), saved=saved
+        )
+    elif isinstance(source, SdctModel):
+        base = source.plain_base().eval()
     else:
         base = copy.deepcopy(source).eval()
     if type(base).__name__ != bundle.base_architecture:
         raise BaseMismatchError(
             f"the bundle was exported from a {bundle.base_architecture}, this base is a {type(base).__name__}; "
-            "pass the model the bundle was exported from"
+            "pass the model the bundle was exported from, or its class (--model-class MODULE:CLASS)"
         )
     return base

@@ -14,6 +14,7 @@ from ..errors import AdapterFormatError, BaseMismatchError
 from .config import SdctConfig
 from .entries import Array, SdctEntries, check_fit
 from .folder import WEIGHTS_FILE, Contents, read_folder, write_folder
+from .training import TrainingRecord
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,10 @@ class SdctAdapter:
         saved: parameters of `modules_to_save` stored in full, under their own names (e.g. `classifier.weight`).
         base_hash: `base_hash` of the model it was trained on, or None where unknown.
         base_dtype: dtype name in which the base's weights are hashed.
+        trained_on: what it was trained on, None where unknown (projected from weights, or saved by an older version).
+
+    Raises:
+        AdapterFormatError: it is empty, a saved parameter is not finite, or one that no checkpoint holds is not saved.
     """
 
     config: SdctConfig
@@ -36,6 +41,7 @@ class SdctAdapter:
     saved: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     base_hash: str | None = None
     base_dtype: str | None = None
+    trained_on: TrainingRecord | None = None
 
     def __post_init__(self) -> None:
         if not self.modules and not self.saved:
@@ -48,6 +54,13 @@ class SdctAdapter:
                     f"saved parameter {name!r} holds NaN or infinite values; retrain or repair it"
                 )
             array.setflags(write=False)
+        fresh = () if self.trained_on is None else self.trained_on.fresh_parameters or ()
+        lost = sorted(set(fresh) - set(self.saved))
+        if lost:
+            raise AdapterFormatError(
+                f"the base's checkpoint does not hold {lost[0]!r} ({len(lost)} such parameters) and the adapter does "
+                f"not save it, so its value would be lost; name {lost[0].rpartition('.')[0]!r} in modules_to_save"
+            )
         for field in ("modules", "saved"):
             object.__setattr__(self, field, MappingProxyType(dict(sorted(getattr(self, field).items()))))
 
@@ -67,7 +80,8 @@ class SdctAdapter:
             AdapterFormatError: its config does not name what it saves, so that the folder would not load.
             OutputError: `path` exists already, or writing failed.
         """
-        write_folder(path, Contents(self.config, self.modules, self.saved, self.base_hash, self.base_dtype))
+        contents = Contents(self.config, self.modules, self.saved, self.base_hash, self.base_dtype, self.trained_on)
+        write_folder(path, contents)
 
     @property
     def n_parameters(self) -> int:

@@ -1,9 +1,11 @@
 """Read and write adapter folders. The only parser of adapter files, which are untrusted input.
 
 adapter_config.json        the fields of `SdctConfig`, `peft_type: "SDCT"`, `format_version`, and, for checks at load
-                           time, `shapes` (module -> [d_out, d_in]), `base_model_hash`, `base_model_dtype`
+                           time, `shapes` (module -> [d_out, d_in]), `base_model_hash`, `base_model_dtype`,
+                           `trained_on` (see `training`)
 adapter_model.safetensors  per module `<path>.sdct_values` float [n] and `<path>.sdct_indices` int32 [n, 2] (row, col);
                            parameters of `modules_to_save` under their own names
+training_probe.safetensors what the adapted model gave for fixed inputs, where it was trained (see `training`)
 """
 
 from __future__ import annotations
@@ -23,17 +25,21 @@ from ..errors import AdapterFormatError, ConfigError
 from ..files import new_folder
 from .config import FORMAT_VERSION, PEFT_TYPE, SdctConfig
 from .entries import BFLOAT16, DTYPE_NAMES, Array, SdctEntries
+from .training import TrainingRecord, parse_record
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+TRAINING_FILE = "training_probe.safetensors"
+TRAINED_ON_FILE = "trained_on.json"  # in a merged export, which holds no adapter folder
 VALUES_SUFFIX = ".sdct_values"
 INDICES_SUFFIX = ".sdct_indices"
 MAX_CONFIG_BYTES = 4 << 20
 MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors format itself
 MAX_WEIGHTS_BYTES = 8 << 30
+MAX_PROBE_BYTES = 16 << 20
 
 _CONFIG_FIELDS = {field.name for field in dataclasses.fields(SdctConfig)}
-_FILE_FIELDS = {"peft_type", "format_version", "shapes", "base_model_hash", "base_model_dtype"}
+_FILE_FIELDS = {"peft_type", "format_version", "shapes", "base_model_hash", "base_model_dtype", "trained_on"}
 # written by PEFT into every adapter_config.json; they carry nothing that changes the result
 _PEFT_FIELDS = {"auto_mapping", "peft_version", "revision", "inference_mode", "library_name"}
 _NUMPY_OF = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16}
@@ -49,6 +55,7 @@ class Contents(NamedTuple):
     saved: Mapping[str, Array]
     base_hash: str | None
     base_dtype: str | None
+    trained_on: TrainingRecord | None
 
 
 def read_folder(path: str | Path) -> Contents:
@@ -111,7 +118,37 @@ def read_folder(path: str | Path) -> Contents:
             f"{folder / CONFIG_FILE}: base_model_hash and base_model_dtype belong together: a string and one of "
             f"{', '.join(DTYPE_NAMES)}; got {hash_!r} and {dtype!r}"
         )
-    return Contents(config, modules, saved, hash_, dtype)
+    return Contents(config, modules, saved, hash_, dtype, _read_training(raw.get("trained_on"), folder))
+
+
+def write_training(folder: Path, record: TrainingRecord) -> None:
+    """Write a record by itself into `folder`, as a merged export holds it."""
+    (folder / TRAINED_ON_FILE).write_text(json.dumps(record.to_dict(), indent=2, sort_keys=True) + "\n")
+    if record.probe is not None:
+        (folder / TRAINING_FILE).write_bytes(encode_safetensors(record.tensors()))
+
+
+def read_training(folder: Path) -> TrainingRecord | None:
+    """The record of an adapter folder, or what `write_training` wrote; None where nothing was recorded.
+
+    Raises:
+        AdapterFormatError: a file is damaged.
+    """
+    if (folder / CONFIG_FILE).exists():
+        return _read_training(_read_config(folder / CONFIG_FILE).get("trained_on"), folder)
+    alone = folder / TRAINED_ON_FILE
+    return _read_training(_read_object(alone), folder) if os.path.lexists(alone) else None
+
+
+def _read_training(raw: object, folder: Path) -> TrainingRecord | None:
+    probe = folder / TRAINING_FILE
+    tensors = read_safetensors(probe, MAX_PROBE_BYTES) if os.path.lexists(probe) else None
+    if raw is None and tensors is None:
+        return None
+    try:
+        return parse_record(raw, tensors)
+    except AdapterFormatError as error:
+        raise AdapterFormatError(f"{folder}: {error}") from None
 
 
 def write_folder(path: str | Path, adapter: Contents) -> None:
@@ -135,9 +172,14 @@ def write_folder(path: str | Path, adapter: Contents) -> None:
     raw["shapes"] = {module: list(e.shape) for module, e in adapter.modules.items() if e.shape is not None}
     if adapter.base_hash is not None:
         raw["base_model_hash"], raw["base_model_dtype"] = adapter.base_hash, adapter.base_dtype
+    probe = {} if adapter.trained_on is None else adapter.trained_on.tensors()
+    if adapter.trained_on is not None:
+        raw["trained_on"] = adapter.trained_on.to_dict()
     with new_folder(path) as folder:
         (folder / CONFIG_FILE).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
         (folder / WEIGHTS_FILE).write_bytes(encode_safetensors(tensors))
+        if probe:
+            (folder / TRAINING_FILE).write_bytes(encode_safetensors(probe))
 
 
 def _saves(config: SdctConfig, parameter: str) -> bool:
@@ -145,14 +187,14 @@ def _saves(config: SdctConfig, parameter: str) -> bool:
     return any(config.saves(parameter.rsplit(".", depth)[0]) for depth in range(1, parameter.count(".") + 1))
 
 
-def read_safetensors(path: Path) -> dict[str, Array]:
+def read_safetensors(path: Path, limit: int = MAX_WEIGHTS_BYTES) -> dict[str, Array]:
     """Tensors of a safetensors file as numpy arrays (bfloat16 through ml_dtypes), after checking its header.
 
     `safetensors.numpy` validates offsets and overlaps; dtypes numpy lacks are viewed from the raw bytes.
     """
     from safetensors import SafetensorError, deserialize
 
-    data = _read(path, MAX_WEIGHTS_BYTES)
+    data = _read(path, limit)
     if len(data) < 8 or struct.unpack("<Q", data[:8])[0] > min(len(data) - 8, MAX_HEADER_BYTES):
         raise AdapterFormatError(
             f"{path} is truncated or not a safetensors file ({len(data)} bytes); copy or save it again"
@@ -204,7 +246,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
     data = _read(path, MAX_CONFIG_BYTES)
     try:
         raw = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys)
@@ -212,6 +254,11 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise AdapterFormatError(f"{path} is not valid JSON ({error}); copy or save the adapter again") from error
     if not isinstance(raw, dict):
         raise AdapterFormatError(f"{path} must hold a JSON object, got {type(raw).__name__}")
+    return raw
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    raw = _read_object(path)
     if raw.get("peft_type") != PEFT_TYPE:
         raise AdapterFormatError(
             f"{path}: peft_type is {raw.get('peft_type')!r}, expected {PEFT_TYPE!r}; "

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BaseMismatchError, SdctError, UnsupportedError
-from .model import model_class
+from .model import class_for, named_class
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -139,6 +139,7 @@ class Structure:
         checkpoint: the checkpoint.
         task_type: chooses the model class, see `SdctConfig.task_type`; None takes the class the checkpoint names.
         num_labels: size of the classification head, where it differs from the checkpoint's.
+        model_class: `MODULE:CLASS` instead of a task.
 
     Attributes:
         model: the model on the meta device: shapes and module classes, no memory.
@@ -156,6 +157,7 @@ class Structure:
         task_type: str | None = None,
         *,
         num_labels: int | None = None,
+        model_class: str | None = None,
     ) -> None:
         import transformers
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -167,9 +169,11 @@ class Structure:
             self.resized = num_labels is not None and num_labels != self.config.num_labels
             if self.resized:
                 self.config.num_labels = num_labels
-            loader = model_class(self.config, task_type)
+            loader = named_class(model_class) if model_class else class_for(self.config, task_type)
             with torch.device("meta"):
                 self.model: nn.Module = (getattr(loader, "from_config", None) or loader)(self.config)
+        except SdctError:
+            raise
         except Exception as error:  # a damaged configuration makes transformers raise errors of many kinds
             raise BaseMismatchError(f"cannot build the model of {folder / CONFIG_FILE}: {error}") from error
         if getattr(self.config, "quantization_config", None) is not None:
@@ -220,6 +224,20 @@ class Structure:
             f"the checkpoint holds no tensor for parameter {parameter!r}; use a complete checkpoint"
         )
 
+    def lacking(self) -> list[str]:
+        """Parameters of the model that the checkpoint holds in no form."""
+        lost = []
+        for name, _ in self.model.named_parameters():
+            tied = next((group for group in tied_parameters(self.model) if name in group), [name])
+            try:
+                if not any(other in self.keys for other in tied):
+                    self.key(name)
+            except UnsupportedError:
+                continue  # there in another form
+            except BaseMismatchError:
+                lost.append(name)
+        return lost
+
     def _rename(self, key: str) -> tuple[str, bool]:
         from transformers.core_model_loading import rename_source_key
 
@@ -230,18 +248,23 @@ class Structure:
         return name, pattern is not None
 
 
-def structure_for(checkpoint: Checkpoint, task_type: str | None, saved: Mapping[str, tuple[int, ...]]) -> Structure:
+def structure_for(
+    checkpoint: Checkpoint,
+    task_type: str | None,
+    saved: Mapping[str, tuple[int, ...]],
+    model_class: str | None = None,
+) -> Structure:
     """The structure for an adapter that saves parameters of the shapes in `saved`: the head as large as the adapter's.
 
     Raises:
         BaseMismatchError: a saved parameter has another shape, whatever the number of labels.
     """
-    structure = Structure(checkpoint, task_type)
+    structure = Structure(checkpoint, task_type, model_class=model_class)
     state = structure.model.state_dict()
     own = {name: state.get(structure.resolve(name)) for name in saved}
     labels = {saved[name][:1] for name, tensor in own.items() if tensor is not None and tensor.shape != saved[name]}
     if len(labels) == 1 and (size := labels.pop()):
-        structure = Structure(checkpoint, task_type, num_labels=size[0])
+        structure = Structure(checkpoint, task_type, num_labels=size[0], model_class=model_class)
         state = structure.model.state_dict()
     for name, shape in saved.items():
         tensor = state.get(structure.resolve(name))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from ..adapter.adapter import SdctAdapter
 from ..adapter.entries import DTYPE_NAMES, Array, check_fit
-from ..errors import BaseMismatchError, UnsupportedError
+from ..errors import BaseMismatchError, ConfigError, SdctError, UnsupportedError
 from .identity import base_hash, module_digest
 
+CHILD = "sdct"  # name under which a linear layer holds the adapters that `tuning` puts on it
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # `name` or `owner/name`
 _AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -27,7 +29,13 @@ _AUTO_CLASSES = {
 
 
 def load_base(
-    path: str | Path, task_type: str | None = None, *, dtype: torch.dtype | str = "auto", num_labels: int | None = None
+    path: str | Path,
+    task_type: str | None = None,
+    *,
+    dtype: torch.dtype | str = "auto",
+    num_labels: int | None = None,
+    model_class: str | None = None,
+    saved: Collection[str] = (),
 ) -> nn.Module:
     """Load a Hugging Face model in eval mode on the CPU.
 
@@ -36,12 +44,14 @@ def load_base(
         task_type: chooses the model class, see `SdctConfig.task_type`; None takes the class the checkpoint names.
         dtype: a torch dtype, or `auto` for the checkpoint's own.
         num_labels: size of the classification head; only where the checkpoint has no trained head of another size.
-
-    Parameters the checkpoint lacks (a fresh task head) are set to zero, so that two loads give the same model.
+        model_class: `MODULE:CLASS`, for example `transformers:BertForSequenceClassification`, instead of a task.
+        saved: parameters that adapters bring along, such as a task head. Only these may be missing from the
+            checkpoint, and start at zero: the base has no such head. A pooler that it lacks is left out of a body.
 
     Raises:
-        BaseMismatchError: the folder is no model checkpoint or lacks weights of the model's body, or its head has
+        BaseMismatchError: the folder is no model checkpoint, lacks other parameters than `saved`, or its head has
             another size than asked for.
+        ConfigError: there is no such class.
     """
     text = str(path)
     if not Path(path).is_dir() and (Path(path).exists() or Path(path).is_absolute() or not _HUB_NAME.fullmatch(text)):
@@ -54,12 +64,16 @@ def load_base(
     logging.set_verbosity_error()  # missing and mismatched tensors are dealt with below, not in a table of its own
     try:
         config = transformers.AutoConfig.from_pretrained(path)
-        loader = model_class(config, task_type)
+        loader = named_class(model_class) if model_class else class_for(config, task_type)
         if num_labels is not None and num_labels != config.num_labels:
             config.num_labels = num_labels
-        model, info = loader.from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = loader.from_pretrained(path, config=config, **options)
+        lacking = set(info["missing_keys"]) - set(saved)
+        if lacking and all(key.startswith("pooler.") for key in lacking):  # no checkpoint has it, so nothing reads it
+            model, info = loader.from_pretrained(path, config=config, add_pooling_layer=False, **options)
+    except SdctError:
+        raise
     except Exception as error:  # a damaged folder makes transformers raise errors of many kinds
         raise BaseMismatchError(f"cannot load a base model from {path}: {error}") from error
     finally:
@@ -70,11 +84,12 @@ def load_base(
             f"the checkpoint {path} has a trained tensor of another size than needed: {mismatched[0]}; "
             f"adapters with heads of {num_labels} labels need a base without a trained head of another size"
         )
-    lost = _lost(model, info["missing_keys"])
+    lost = sorted(set(info["missing_keys"]) - set(saved))
     if lost:
         raise BaseMismatchError(
-            f"the checkpoint {path} lacks {len(lost)} weights of its {type(model).__name__} (e.g. {lost[0]!r}); copy "
-            "the whole checkpoint"
+            f"the checkpoint {path} lacks {len(lost)} parameters of {type(model).__name__} (e.g. {lost[0]!r}), and no "
+            "adapter saves them, so their values would be made up; copy the whole checkpoint, or train with these "
+            "modules in modules_to_save"
         )
     with torch.no_grad():
         for key in info["missing_keys"]:
@@ -82,13 +97,23 @@ def load_base(
     return model.eval()  # type: ignore[no-any-return]
 
 
-def _lost(model: Any, missing: Iterable[str]) -> list[str]:
-    """The parameters in `missing` that no sound checkpoint leaves out: those of the model's body, but for a pooler."""
-    body = {id(parameter) for name, parameter in model.base_model.named_parameters() if not name.startswith("pooler.")}
-    return sorted(key for key in missing if id(model.get_parameter(key)) in body)
+def named_class(name: str) -> Any:
+    """The class `MODULE:CLASS`, imported. Raises `ConfigError` where there is none that loads checkpoints."""
+    module, colon, attribute = name.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"model class {name!r} cannot be imported ({error}); give MODULE:CLASS of a module on the Python path"
+        ) from error
+    if not colon or not isinstance(found, type) or not hasattr(found, "from_pretrained"):
+        raise ConfigError(f"model class {name!r} has no from_pretrained; give the class of a transformers model")
+    return found
 
 
-def model_class(config: Any, task_type: str | None) -> Any:
+def class_for(config: Any, task_type: str | None) -> Any:
     """The transformers class for a task (an `Auto` class), or without a task the one that `config` names."""
     import transformers
 

@@ -53,14 +53,37 @@ def sample_inputs(model: nn.Module, *, batch: int, sequence: int, seed: int = 0)
     )
 
 
-def run_model(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The named output tensors of one forward, without gradients or cache."""
+def run_model(
+    model: nn.Module, inputs: Mapping[str, Tensor], replaced: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The named output tensors of one forward, without gradients or cache; `replaced` parameters stand in by name."""
     with torch.no_grad():
-        result = model(**inputs)
+        result = torch.func.functional_call(model, dict(replaced or {}), kwargs=dict(inputs))
     named = {name: value for name, value in dict(result).items() if isinstance(value, Tensor)}
     if not named:
         raise UnsupportedError(f"{type(model).__name__} returns no tensor; only transformers models can be exported")
     return named
+
+
+def run_adapted(model: nn.Module, inputs: Mapping[str, Tensor], adapter: SdctAdapter) -> dict[str, Tensor]:
+    """Named outputs with `adapter` in every row: its coefficients, and in place of the base's all it saves in full.
+
+    Unlike in `run_rows` a saved module may be of any kind. The model is left as it is.
+    """
+    rows = [[("", 1.0)]] * len(next(iter(inputs.values())))
+    hooks = []
+    try:
+        for path in sorted(adapter.modules):
+            module = find_linear(model, path)
+            shape = linear_shape(module)
+            assert shape is not None
+            hooks.append(module.register_forward_hook(_delta(path, shape[0], rows, {"": adapter})))
+        own = dict(model.named_parameters())
+        saved = {name: to_torch(array).to(own[name].device, own[name].dtype) for name, array in adapter.saved.items()}
+        return run_model(model, inputs, saved)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def run_rows(

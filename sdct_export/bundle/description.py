@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.entries import DTYPE_NAMES
+from ..adapter.folder import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE
 from ..contract import Group, Head
 from ..errors import AdapterFormatError, ConfigError, VerificationError
 from ..files import check_adapter_name
@@ -137,9 +138,9 @@ class Bundle:
 
 
 def adapter_sha256(folder: Path) -> str:
-    """sha256 over an adapter folder's two files, each preceded by its length."""
+    """sha256 over an adapter folder's files, each preceded by its length."""
     digest = hashlib.sha256()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in (CONFIG_FILE, WEIGHTS_FILE, *([TRAINING_FILE] if (folder / TRAINING_FILE).exists() else [])):
         try:
             data = (folder / name).read_bytes()
         except OSError as error:

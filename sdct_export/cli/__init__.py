@@ -10,7 +10,7 @@ from .. import __version__
 from .build import build
 from .doctor import doctor
 from .inspect import inspect
-from .output import Main, busy, print_json
+from .output import Main, busy, importable_here, print_json
 from .project import project
 from .run import run
 from .verify import verify
@@ -52,6 +52,12 @@ Examples:
 @click.option(
     "--dtype", type=click.Choice(["float32", "float16"]), help="Type of the ONNX weights. [default: the base's]"
 )
+@click.option(
+    "--task",
+    type=click.Choice(["SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM", "FEATURE_EXTRACTION", "IMAGE_CLS"]),
+    help="What the model is for. [default: as trained]",
+)
+@click.option("--model-class", metavar="MODULE:CLASS", help="Class of the base, where it is one of your own.")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON on standard output.")
 @click.version_option(__version__)
 @click.pass_context
@@ -63,6 +69,8 @@ def main(
     merge: bool,
     format_: str,
     dtype: str | None,
+    task: str | None,
+    model_class: str | None,
     as_json: bool,
 ) -> None:
     """Take trained sDCT adapters to production.
@@ -71,7 +79,7 @@ def main(
     adapters are chosen per request, per row of a batch.
     """
     if context.invoked_subcommand is not None:
-        if model or adapters or output or merge or dtype or as_json or format_ != "onnx":
+        if model or adapters or output or merge or dtype or task or model_class or as_json or format_ != "onnx":
             raise click.UsageError(f"options of the export do not go before {context.invoked_subcommand!r}")
         return
     for value, name in ((model, "--model"), (adapters, "--adapter"), (output, "--output")):
@@ -92,16 +100,18 @@ def main(
     if format_ == "transformers":
         from ..weights.merging import merge_checkpoint
 
-        merge_checkpoint(model, next(iter(named.values())), output)
+        with importable_here(model_class):
+            merge_checkpoint(model, next(iter(named.values())), output, model_class=model_class)
         _report({"output": str(output), "format": "transformers", "bytes": _size(output)}, as_json)
         return
     from ..export import export_merged, export_multi
 
-    with busy("exporting"):
+    with busy("exporting"), importable_here(model_class):
         if merge:
-            bundle = export_merged(model, next(iter(named.values())), output, dtype=dtype)
+            adapter = next(iter(named.values()))
+            bundle = export_merged(model, adapter, output, task_type=task, model_class=model_class, dtype=dtype)
         else:
-            bundle = export_multi(model, named, output, dtype=dtype)
+            bundle = export_multi(model, named, output, task_type=task, model_class=model_class, dtype=dtype)
     if format_ == "tensorrt":
         from ..engine.build import build_engine
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -73,6 +74,18 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, rig
 def printable(text: str) -> str:
     """`text` from a file, safe to print: control characters other than line ends, and lone surrogates, are escaped."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+@contextlib.contextmanager
+def importable_here(model_class: str | None) -> Iterator[None]:
+    """Inside the block a class that the person names is found in the current folder, too."""
+    before = sys.path[:]
+    if model_class is not None:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .output import busy, print_json, print_table
+from .output import busy, importable_here, print_json, print_table
 
 
 @click.command(
@@ -17,10 +17,13 @@ Examples:
 )
 @click.argument("bundle", metavar="BUNDLE", type=click.Path(path_type=Path))
 @click.option("--model", metavar="BASE", type=click.Path(path_type=Path), help="Compare with torch on this base, too.")
+@click.option("--model-class", metavar="MODULE:CLASS", help="Class of the base, where it is one of your own.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON on standard output.")
 @click.pass_context
-def verify(context: click.Context, bundle: Path, model: Path | None, device: str, as_json: bool) -> None:
+def verify(
+    context: click.Context, bundle: Path, model: Path | None, model_class: str | None, device: str, as_json: bool
+) -> None:
     """Check that a bundle is intact and computes what torch computes.
 
     Per adapter, mixed in one batch, blended, and with no adapter. Exits 1 where anything differs.
@@ -29,8 +32,8 @@ def verify(context: click.Context, bundle: Path, model: Path | None, device: str
 
     from ..verify import verify as verify_bundle
 
-    with busy("verifying"):
-        report = verify_bundle(bundle, model, device=device)
+    with busy("verifying"), importable_here(model_class):
+        report = verify_bundle(bundle, model, model_class=model_class, device=device)
     if as_json:
         print_json(dataclasses.asdict(report) | {"ok": report.ok})
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Mapping
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from ..adapter.config import SdctConfig
 from ..base.model import linear_shape, linear_weight, model_hash
+from ..base.training import unsaved
 from ..errors import ConfigError, UnsupportedError
 from ..spectral.selection import select_for_weight
 from .layer import SdctEntry, SdctLayer
@@ -87,6 +89,29 @@ def find_heads(base: nn.Module, config: SdctConfig, targets: Mapping[str, nn.Mod
             )
         _check_head(base, path, module)
     return heads
+
+
+def with_fresh_heads(base: nn.Module, config: SdctConfig, fresh: tuple[str, ...] | None) -> SdctConfig:
+    """`config` with the modules of `fresh`, parameters no checkpoint gave, in `modules_to_save` if it names none.
+
+    That holds for classifiers, whose head is new by design; elsewhere nothing trains such a parameter by default.
+
+    Raises:
+        ConfigError: a fresh parameter would not be saved, so that the trained model could never be built again.
+    """
+    task = config.task_type or task_type(base) or ""
+    if fresh and config.modules_to_save is None and task.endswith("_CLS"):
+        config = dataclasses.replace(config, modules_to_save=sorted({name.rpartition(".")[0] for name in fresh}))
+    lost = unsaved(fresh, config.saves)
+    if lost:
+        modules = sorted({name.rpartition(".")[0] for name in lost} | set(config.modules_to_save or ()))
+        pooler = "; or load the base without it (add_pooling_layer=False)" if "pooler." in lost[0] else ""
+        raise ConfigError(
+            f"the checkpoint of this {type(base).__name__} does not hold {', '.join(map(repr, lost))}: the values are "
+            "random, and an adapter that does not save them cannot be used again; pass "
+            f"modules_to_save={modules!r}{pooler}"
+        )
+    return config
 
 
 def _check_head(base: nn.Module, path: str, module: nn.Module) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base.model import CHILD
 from ..spectral.transform import dct, idct
 
-CHILD = "sdct"  # name under which an adapted linear layer holds its `SdctLayer`
 # numbers transformed at a time: small enough that the temporaries of an FFT stay in a CPU's cache, where it is several
 # times faster than on a whole batch; large enough on an accelerator to fill it and bound the temporaries all the same
 _CHUNK = {"cpu": 1 << 18}
@@ -136,7 +136,7 @@ class SdctLayer(nn.Module):
         self.active: str | None = None
         self.entries = nn.ModuleDict()
         linear.add_module(CHILD, self)
-        linear.register_forward_hook(_add_active)
+        linear.register_forward_hook(add_active)
 
     def entry(self, name: str) -> SdctEntry:
         """The coefficients of adapter `name`."""
@@ -154,7 +154,8 @@ class SdctLayer(nn.Module):
             return result
 
 
-def _add_active(linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def add_active(linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """The forward hook of an adapted layer."""
     layer = linear.get_submodule(CHILD)
     result: Tensor = layer(args[0], output)
     return result

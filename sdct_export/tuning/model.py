@@ -17,11 +17,22 @@ from torch import Tensor, nn
 from ..adapter.adapter import SdctAdapter
 from ..adapter.config import SdctConfig
 from ..adapter.entries import DTYPE_NAMES, VALUE_DTYPES, Array, SdctEntries
-from ..base.model import check_base, to_numpy, to_torch
+from ..base.model import CHILD, check_base, to_numpy, to_torch
+from ..base.training import check_record, fresh_parameters, record
 from ..errors import BaseMismatchError, ConfigError, UnknownAdapterError
 from ..files import check_adapter_name
-from .inject import base_name, check_linear, find_heads, find_targets, fresh_entry, identity, shape_of, task_type
-from .layer import CHILD, SdctEntry, SdctLayer
+from .inject import (
+    base_name,
+    check_linear,
+    find_heads,
+    find_targets,
+    fresh_entry,
+    identity,
+    shape_of,
+    task_type,
+    with_fresh_heads,
+)
+from .layer import SdctEntry, SdctLayer, add_active
 
 _OWN = "__base__"  # stands for the base's own heads; no adapter can have this name
 
@@ -63,6 +74,7 @@ class SdctModel(nn.Module):
         self.parked = nn.ModuleDict({_OWN: nn.ModuleDict()})
         self._identities: dict[str, tuple[str, str] | tuple[None, None]] = {}
         self._merged: Any = None
+        self._fresh = fresh_parameters(base)
         self.register_state_dict_post_hook(_drop_base)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_allow_missing_base)  # type: ignore[no-untyped-call]
 
@@ -105,6 +117,7 @@ class SdctModel(nn.Module):
                 "have yet; use 'energy' here, or turn a LoRA or a tuned checkpoint into an adapter with "
                 "`sdct-export project`"
             )
+        config = with_fresh_heads(self.base, config, self._fresh)
         with self.disable_adapter():
             targets = find_targets(self.base, config)
             heads = find_heads(self.base, config, targets)
@@ -124,6 +137,7 @@ class SdctModel(nn.Module):
             adapter = SdctAdapter.load(adapter)
         with self.disable_adapter():
             check_base(adapter, self.base, label=label)
+            check_record(adapter, self.base, label=label)
             targets = {path: self.base.get_submodule(path) for path in adapter.modules}
             for path, module in targets.items():
                 check_linear(path, module)
@@ -181,7 +195,26 @@ class SdctModel(nn.Module):
         for path, head in self._heads_of(name).items():
             for parameter_name, parameter in head.named_parameters():
                 saved[f"{path}.{parameter_name}"] = to_numpy(parameter).copy()
-        return SdctAdapter(self.configs[name], modules, saved, *self._identities[name])
+        with self._applied(name):
+            trained_on = record(self.base, fresh=self._fresh)
+        base_hash, base_dtype = self._identities[name]
+        return SdctAdapter(self.configs[name], modules, saved, base_hash, base_dtype, trained_on)
+
+    def plain_base(self) -> nn.Module:
+        """A copy of the base as it was given, without adapters or their hooks."""
+        with self.disable_adapter():
+            base = copy.deepcopy(self.base)
+        for module in base.modules():
+            if isinstance(module._modules.get(CHILD), SdctLayer):
+                del module._modules[CHILD]
+                for key in [key for key, hook in module._forward_hooks.items() if hook is add_active]:
+                    del module._forward_hooks[key]
+        return base
+
+    @property
+    def fresh_parameters(self) -> tuple[str, ...] | None:
+        """Parameters of the base that its checkpoint did not hold, None where that is not known."""
+        return self._fresh
 
     def save_adapter(self, path: str | Path, adapter_name: str = "default", *, dtype: str | None = None) -> None:
         """Write adapter `adapter_name` as the new folder `path`. Raises as `adapter`, and `OutputError`."""
@@ -228,6 +261,20 @@ class SdctModel(nn.Module):
         """Print how many numbers train, and their share."""
         trainable, total = self.count_parameters()
         print(f"trainable: {trainable:,} of {total:,} ({100 * trainable / total:.4f} %)")
+
+    @contextlib.contextmanager
+    def _applied(self, name: str) -> Iterator[None]:
+        """Within the block the model computes with adapter `name`, merged or not."""
+        before = self.active
+        if self._merged is not None and self._merged[0] == name:
+            yield
+            return
+        self._refuse_merged("saving another adapter")
+        self._activate(name)
+        try:
+            yield
+        finally:
+            self._activate(before)
 
     # -- private -------------------------------------------------------------------------------------------------
 

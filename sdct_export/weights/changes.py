@@ -256,7 +256,9 @@ def _merged_by_peft(base: Checkpoint, folder: Path, task: str | None, structure:
             f"{folder} is no plain LoRA, and merging it needs PEFT; install it with `pip install 'sdct_export[peft]'`"
         ) from None
     labels = structure.config.num_labels if structure.resized else None
-    model = load_base(base.folder, task, dtype=torch.float32, num_labels=labels)
+    heads = _read_peft_config(folder)["modules_to_save"]
+    saved = {n for n, _ in structure.model.named_parameters() if any(f".{m}." in f".{n}" for m in heads)}
+    model = load_base(base.folder, task, dtype=torch.float32, num_labels=labels, saved=saved)
     try:
         tuned = peft.PeftModel.from_pretrained(model, str(folder))
     except Exception as error:  # a foreign adapter makes PEFT raise errors of many kinds

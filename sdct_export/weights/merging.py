@@ -46,6 +46,7 @@ from ..base.model import (
     to_numpy,
     to_torch,
 )
+from ..base.training import check_class, check_record, class_name, class_of
 from ..errors import BaseMismatchError, ConfigError, UnsupportedError
 from ..files import new_folder
 from ..spectral.transform import idct
@@ -101,6 +102,7 @@ def merge(model: nn.Module, adapter: SdctAdapter, scale: float = 1.0) -> Merged:
         raise ConfigError(f"scale must be a finite number, got {scale!r}")
     _refuse_tied(model, adapter)
     check_base(adapter, model)
+    check_record(adapter, model)
     parameters = dict(model.named_parameters())
     for name, array in adapter.saved.items():
         if tuple(parameters[name].shape) != array.shape:
@@ -179,19 +181,27 @@ def round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def merge_checkpoint(
-    base_path: str | Path, adapter: SdctAdapter | str | Path, output_path: str | Path, *, progress: bool | None = None
+    base_path: str | Path,
+    adapter: SdctAdapter | str | Path,
+    output_path: str | Path,
+    *,
+    model_class: str | None = None,
+    progress: bool | None = None,
 ) -> None:
     """Write the checkpoint `base_path` with `adapter` merged into it to the new folder `output_path`.
 
     Tensors stream from file to file: those the adapter does not touch are copied byte for byte, adapted weights are
     merged one at a time as in `merge` and keep their dtype and their shard. Saved modules replace the base's or, where
     it lacks them (a task head), are added, and `config.json` then names the task's class and number of labels.
-    Tokenizer and other files are copied; weights in other formats are not, since they would still be unmerged.
+    Tokenizer and other files are copied; weights in other formats are not, since they would still be unmerged. The
+    class, the parameters the checkpoint lacks and the adapted weights are compared with those the adapter was trained
+    on; its training probe is not, since no model is loaded.
 
     Args:
         base_path: checkpoint folder with `config.json` and `model.safetensors` or its shards.
         adapter: an adapter or its folder.
         output_path: folder to make.
+        model_class: `MODULE:CLASS` of the model, needed where the adapter was trained on a class of one's own.
         progress: show a bar on stderr; None shows it on a terminal only.
 
     Raises:
@@ -204,8 +214,10 @@ def merge_checkpoint(
         adapter = SdctAdapter.load(adapter)
     base = Checkpoint(base_path)
     shapes = {name: array.shape for name, array in adapter.saved.items()}
-    structure = structure_for(base, adapter.config.task_type, shapes)
+    chosen = class_of({"the adapter": adapter}, model_class)
+    structure = structure_for(base, adapter.config.task_type, shapes, chosen)
     original, adapter = adapter, _renamed(adapter, structure)
+    _check_training(adapter, structure)
     _refuse_tied(structure.model, adapter)
     check_base(adapter, structure.model)
     _check_base_hash(original, base, structure)
@@ -227,6 +239,18 @@ def _renamed(adapter: SdctAdapter, structure: Structure) -> SdctAdapter:
     if len(modules) != len(adapter.modules) or len(saved) != len(adapter.saved):
         raise BaseMismatchError("two modules of the adapter name the same module of the base; repair the adapter")
     return dataclasses.replace(adapter, modules=modules, saved=saved)
+
+
+def _check_training(adapter: SdctAdapter, structure: Structure) -> None:
+    if adapter.trained_on is None:
+        return
+    check_class(adapter.trained_on, class_name(structure.model))
+    lost = [name for name in structure.lacking() if name not in adapter.saved and not name.startswith("pooler.")]
+    if lost and adapter.trained_on.fresh_parameters is not None:
+        raise BaseMismatchError(
+            f"the base lacks {lost[0]!r} ({len(lost)} such parameters), which it had when the adapter was trained; "
+            "copy the whole checkpoint"
+        )
 
 
 def _check_base_hash(adapter: SdctAdapter, base: Checkpoint, structure: Structure) -> None:

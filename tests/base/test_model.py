@@ -29,7 +29,7 @@ from sdct_export.base.model import (
     to_numpy,
     to_torch,
 )
-from sdct_export.errors import BaseMismatchError, UnsupportedError
+from sdct_export.errors import BaseMismatchError, ConfigError, UnsupportedError
 
 SHAPES = {"q": (6, 4), "block.v": (3, 6)}
 
@@ -135,8 +135,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_load_base_gives_the_same_model_twice_with_fresh_heads_at_zero(checkpoint: Path) -> None:
-    first, second = (load_base(checkpoint, "SEQ_CLS", num_labels=5) for _ in range(2))
+HEAD = ("classifier.weight", "classifier.bias")
+
+
+def test_load_base_makes_no_parameter_up(checkpoint: Path) -> None:
+    with pytest.raises(BaseMismatchError, match=r"lacks 2 parameters .*'classifier.bias'.* no adapter saves them"):
+        load_base(checkpoint, "SEQ_CLS", num_labels=5)
+    with pytest.raises(BaseMismatchError, match=r"lacks 1 parameters .*'classifier.bias'"):
+        load_base(checkpoint, "SEQ_CLS", num_labels=5, saved=["classifier.weight"])
+
+
+def test_load_base_leaves_room_for_a_head_that_adapters_bring(checkpoint: Path) -> None:
+    first, second = (load_base(checkpoint, "SEQ_CLS", num_labels=5, saved=HEAD) for _ in range(2))
     assert isinstance(first, BertForSequenceClassification)
     assert not first.training
     for (name, one), (_, two) in zip(first.named_parameters(), second.named_parameters(), strict=True):
@@ -151,7 +161,7 @@ def test_load_base_gives_the_same_model_twice_with_fresh_heads_at_zero(checkpoin
 def test_load_base_says_why_it_cannot(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(BaseMismatchError, match="cannot load a base model from"):
         load_base(tmp_path)
-    load_base(checkpoint, "SEQ_CLS", num_labels=3).save_pretrained(tmp_path / "tuned")
+    load_base(checkpoint, "SEQ_CLS", num_labels=3, saved=HEAD).save_pretrained(tmp_path / "tuned")
     with pytest.raises(BaseMismatchError, match="trained tensor of another size"):
         load_base(tmp_path / "tuned", "SEQ_CLS", num_labels=4)
 
@@ -162,11 +172,23 @@ def test_load_base_refuses_an_incomplete_checkpoint(checkpoint: Path, tmp_path: 
     tensors = load_file(weights)
     for task in (None, "SEQ_CLS"):
         save_file({k: v for k, v in tensors.items() if "intermediate" not in k}, weights, metadata={"format": "pt"})
-        with pytest.raises(BaseMismatchError, match=r"lacks 2 weights .*intermediate\.dense.*copy the whole"):
-            load_base(tmp_path / "part", task)
-        # a pooler, which pretraining does not always leave behind, counts as a part of the head
-        save_file({k: v for k, v in tensors.items() if "pooler" not in k}, weights, metadata={"format": "pt"})
-        assert load_base(tmp_path / "part", task).base_model.pooler.dense.weight.abs().max() == 0
+        with pytest.raises(BaseMismatchError, match=r"lacks 2 parameters .*intermediate\.dense.*copy the whole"):
+            load_base(tmp_path / "part", task, saved=HEAD)
+    # a pooler, which pretraining does not always leave behind, is no part of a body; a classifier reads it
+    save_file({k: v for k, v in tensors.items() if "pooler" not in k}, weights, metadata={"format": "pt"})
+    assert load_base(tmp_path / "part").pooler is None
+    with pytest.raises(BaseMismatchError, match=r"lacks 2 parameters .*pooler\.dense"):
+        load_base(tmp_path / "part", "SEQ_CLS", saved=HEAD)
+
+
+def test_a_class_of_ones_own(checkpoint: Path) -> None:
+    found = load_base(checkpoint, model_class="transformers:BertForSequenceClassification", saved=HEAD)
+    assert type(found) is BertForSequenceClassification
+    cases = {"transformers": "cannot be imported", "no.such:Class": "cannot be imported"}
+    cases |= {"transformers:NoSuch": "cannot be imported", "json:dumps": "no from_pretrained"}
+    for name, message in cases.items():
+        with pytest.raises(ConfigError, match=message):
+            load_base(checkpoint, model_class=name)
 
 
 def test_load_base_refuses_a_damaged_checkpoint(checkpoint: Path, tmp_path: Path) -> None:

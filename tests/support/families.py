@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,21 @@ def target_shapes(family: Family, model: nn.Module) -> dict[str, tuple[int, int]
     """Adapted module -> (d_out, d_in)."""
     shapes = {n: linear_shape(m) for n, m in model.named_modules() if n.endswith(family.targets)}
     return {name: shape for name, shape in shapes.items() if shape is not None}
+
+
+def with_fresh_head(folder: Path, task: str, labels: int, dtype: torch.dtype | str = "auto") -> nn.Module:
+    """A checkpoint as a person loads it to train a classifier: transformers' own class, the head random."""
+    import transformers
+
+    kind = {
+        "SEQ_CLS": "SequenceClassification",
+        "TOKEN_CLS": "TokenClassification",
+        "IMAGE_CLS": "ImageClassification",
+    }
+    torch.manual_seed(0)
+    loader = getattr(transformers, f"AutoModelFor{kind[task]}")
+    model: nn.Module = loader.from_pretrained(folder, num_labels=labels, dtype=dtype)
+    return model.eval()
 
 
 def random_adapter(

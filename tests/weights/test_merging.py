@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from families import with_fresh_head
 from references import delta_weight
 from safetensors.torch import load_file, save_file
 
@@ -298,7 +299,7 @@ def test_a_head_is_added_to_a_base_without_one_and_without_the_prefix(sharded: b
     torch.manual_seed(1)
     base = transformers.BertModel(config)
     base.save_pretrained(tmp_path / "base", max_shard_size="20KB" if sharded else "5GB")
-    model = load_base(tmp_path / "base", "SEQ_CLS", num_labels=5)
+    model = with_fresh_head(tmp_path / "base", "SEQ_CLS", 5)
     rng = np.random.default_rng(0)
     head = {
         "classifier.weight": rng.standard_normal((5, 36)).astype(np.float32),
@@ -337,7 +338,7 @@ def test_heads_of_every_family_are_added(
     config = FAMILIES[family][0]
     torch.manual_seed(1)
     getattr(transformers, base_class)(config).save_pretrained(tmp_path / "base")
-    model = load_base(tmp_path / "base", task, num_labels=4)
+    model = with_fresh_head(tmp_path / "base", task, 4)
     rng = np.random.default_rng(0)
     saved = {
         name: rng.standard_normal(tuple(parameter.shape)).astype(np.float32)

@@ -1,0 +1,175 @@
+"""What an adapter was trained on: class, parameters without a checkpoint, and outputs that every later step must give.
+
+`adapter_config.json` holds it as `trained_on`; the numbers lie beside it in `training_probe.safetensors`:
+
+    input.<name>     an input of the probe, integers `[batch, ...]`
+    formula.<name>   int64: the shape of a float input, which is `formula(shape)` and needs no file
+    output.<name>    float32 `[m]`, m <= 256: what the adapted model gave, at `positions(shape)` of the flat output
+    shape.<name>     int64: the output's full shape
+
+numpy only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..errors import AdapterFormatError
+from .entries import DTYPE_NAMES, Array
+
+MAX_SAMPLE = 256
+_FIELDS = {"model_class", "fresh_parameters", "id2label", "dtype"}
+# largest |got - want| / max |want|, by the type in which the outputs were computed: a head that was not trained, or
+# another base, is off by the size of the output itself; another device or order of summation is not
+TOLERANCES = {"float64": 5e-3, "float32": 5e-3, "float16": 2e-2, "bfloat16": 5e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingProbe:
+    """Inputs of the adapted model, and a sample of the outputs it gave for them in `dtype`."""
+
+    dtype: str
+    inputs: Mapping[str, Array]
+    outputs: Mapping[str, Array]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in TOLERANCES:
+            raise AdapterFormatError(f"the training probe has dtype {self.dtype!r}, not one of {[*TOLERANCES]}")
+        if not self.inputs or not self.outputs or self.outputs.keys() != self.shapes.keys():
+            raise AdapterFormatError("the training probe lacks inputs, outputs or shapes; save the adapter again")
+        for name, values in self.outputs.items():
+            shape = self.shapes[name]
+            if values.dtype != np.float32 or values.shape != positions(shape).shape:
+                raise AdapterFormatError(f"the training probe's output {name!r} does not fit its shape {list(shape)}")
+            if not np.isfinite(values).all():
+                raise AdapterFormatError(f"the training probe's output {name!r} holds NaN or infinite numbers")
+
+    def difference(self, outputs: Mapping[str, Array]) -> float:
+        """Largest `max |got - want| / max |want|` over the recorded outputs, infinite where one is missing.
+
+        An output may have more columns than the recorded one: a bundle of several adapters has those of the largest.
+        """
+        worst = 0.0
+        for name, want in self.outputs.items():
+            shape, got = self.shapes[name], outputs.get(name)
+            if got is None or got.ndim != len(shape) or got.shape[:-1] != shape[:-1] or got.shape[-1] < shape[-1]:
+                return math.inf
+            sample = got[..., : shape[-1]].reshape(-1)[positions(shape)].astype(np.float64)
+            gap = float(np.abs(sample - want).max())
+            worst = max(worst, gap / max(float(np.abs(want).max()), 1e-3) if math.isfinite(gap) else math.inf)
+        return worst
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRecord:
+    """What an adapter was trained on.
+
+    Args:
+        model_class: `transformers:NAME`, or `MODULE:NAME` of a class of one's own.
+        fresh_parameters: parameters that the base's checkpoint did not hold, None where that is not known. The adapter
+            saves all of them: nobody else has them.
+        id2label: names of the labels in their order, None where they have none.
+        probe: what the adapted model computed, None where it could not be run.
+    """
+
+    model_class: str
+    fresh_parameters: tuple[str, ...] | None = None
+    id2label: tuple[str, ...] | None = None
+    probe: TrainingProbe | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of `trained_on`, JSON-ready, without the probe's numbers."""
+        labels = self.id2label
+        return {
+            "model_class": self.model_class,
+            "fresh_parameters": None if self.fresh_parameters is None else list(self.fresh_parameters),
+            "id2label": None if labels is None else {str(i): label for i, label in enumerate(labels)},
+            "dtype": None if self.probe is None else self.probe.dtype,
+        }
+
+    def tensors(self) -> dict[str, Array]:
+        """The tensors of `training_probe.safetensors`; none without a probe."""
+        if self.probe is None:
+            return {}
+        tensors: dict[str, Array] = {}
+        for name, array in self.probe.inputs.items():
+            if array.dtype.kind == "f":
+                tensors[f"formula.{name}"] = np.array(array.shape, np.int64)
+            else:
+                tensors[f"input.{name}"] = array
+        tensors |= {f"output.{name}": array for name, array in self.probe.outputs.items()}
+        tensors |= {f"shape.{name}": np.array(shape, np.int64) for name, shape in self.probe.shapes.items()}
+        return tensors
+
+
+def parse_record(raw: object, tensors: Mapping[str, Array] | None) -> TrainingRecord:
+    """The record from its JSON fields and the tensors of the probe, None where there is no such file.
+
+    Raises:
+        AdapterFormatError: without the file's name, which the caller knows.
+    """
+    if not isinstance(raw, dict) or set(raw) != _FIELDS:
+        raise AdapterFormatError(f"trained_on must hold {', '.join(sorted(_FIELDS))}; save the adapter again")
+    name, fresh, labels, dtype = raw["model_class"], raw["fresh_parameters"], raw["id2label"], raw["dtype"]
+    if not isinstance(name, str) or not all(part and part.isprintable() for part in name.partition(":")):
+        raise AdapterFormatError(f"trained_on: model_class must be MODULE:CLASS, got {name!r}")
+    if fresh is not None and not (isinstance(fresh, list) and all(isinstance(p, str) for p in fresh)):
+        raise AdapterFormatError(f"trained_on: fresh_parameters must be a list of names or null, got {fresh!r}")
+    if labels is not None:
+        keys = [str(i) for i in range(len(labels))] if isinstance(labels, dict) else None
+        if not labels or sorted(labels, key=str) != sorted(keys or []) or not all(map(_is_text, labels.values())):
+            raise AdapterFormatError('trained_on: id2label must map "0", "1", ... to names, or be null')
+        labels = tuple(labels[key] for key in keys or [])
+    if (dtype is None) != (tensors is None):
+        raise AdapterFormatError("trained_on and the training probe do not belong together; copy the whole folder")
+    probe = None if tensors is None else _parse_probe(dtype, tensors)
+    return TrainingRecord(name, None if fresh is None else tuple(fresh), labels, probe)
+
+
+def _parse_probe(dtype: str, tensors: Mapping[str, Array]) -> TrainingProbe:
+    parts: dict[str, dict[str, Array]] = {"input": {}, "formula": {}, "output": {}, "shape": {}}
+    for name, array in tensors.items():
+        kind, dot, rest = name.partition(".")
+        if kind not in parts or not dot or not rest:
+            raise AdapterFormatError(f"the training probe holds an unknown tensor {name!r}")
+        parts[kind][rest] = array
+    shapes = {name: _shape(name, array) for name, array in parts["shape"].items()}
+    inputs = dict(parts["input"])
+    inputs |= {name: formula(_shape(name, array)) for name, array in parts["formula"].items()}
+    return TrainingProbe(dtype, inputs, parts["output"], shapes)
+
+
+def formula(shape: tuple[int, ...]) -> Array:
+    """Numbers in [-1, 1) that are the same everywhere: `(i * 2654435761 mod 2^32) / 2^31 - 1`, i from 1, float32."""
+    return (scattered(math.prod(shape)) / 2.0**31 - 1).astype(np.float32).reshape(shape)
+
+
+def scattered(count: int) -> Array:
+    """`i * 2654435761 mod 2^32` (the golden ratio's multiplicative hash) for i from 1 to `count`, int64."""
+    return (np.arange(1, count + 1, dtype=np.int64) * 2654435761) % 2**32
+
+
+def positions(shape: tuple[int, ...]) -> Array:
+    """Flat positions of an evenly strided sample of at most `MAX_SAMPLE` elements, int64 `[m]`."""
+    size = math.prod(shape)
+    return np.arange(0, size, max(1, math.ceil(size / MAX_SAMPLE)), dtype=np.int64)
+
+
+def _shape(name: str, array: Array) -> tuple[int, ...]:
+    good = array.dtype == np.int64 and array.ndim == 1 and 1 <= array.size <= 8 and (array > 0).all()
+    if not good or math.prod(map(int, array)) > 1 << 28:
+        raise AdapterFormatError(f"the training probe's shape of {name!r} is none; save the adapter again")
+    return tuple(map(int, array))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+assert set(TOLERANCES) == set(DTYPE_NAMES)

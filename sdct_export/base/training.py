@@ -1,0 +1,202 @@
+"""Is this the model an adapter was trained on? What is recorded when it is saved, and compared at every later step."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..adapter.adapter import SdctAdapter
+from ..adapter.training import TOLERANCES, TrainingProbe, TrainingRecord, formula, positions, scattered
+from ..errors import BaseMismatchError, ConfigError
+from .checkpoint import tied_parameters
+from .model import CHILD, to_numpy
+from .reference import run_adapted, run_model
+
+BATCH, SEQUENCE = 2, 8
+
+
+def class_name(model: nn.Module) -> str:
+    """`transformers:NAME` of a class that transformers hands out, else `MODULE:NAME`."""
+    cls = type(model)
+    if cls.__module__.split(".")[0] == "transformers":
+        return f"transformers:{cls.__name__}"
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def fresh_parameters(model: nn.Module) -> tuple[str, ...] | None:
+    """Parameters that no checkpoint gave `model`, in sorted order; None where that is not known.
+
+    transformers marks every tensor it reads from a checkpoint. A model without a single mark was not loaded by it (or
+    was copied since), and nothing can be said.
+    """
+    named = {n: p for n, p in model.named_parameters(remove_duplicate=False) if f".{CHILD}.entries." not in n}
+    read = {name for name, parameter in named.items() if getattr(parameter, "_is_hf_initialized", False)}
+    if not read:
+        return None
+    for group in tied_parameters(model):  # one of them was read, so all of them were
+        if read & set(group):
+            read |= set(group)
+    return tuple(sorted(set(named) - read))
+
+
+def unsaved(fresh: tuple[str, ...] | None, saves: Callable[[str], bool]) -> list[str]:
+    """The parameters of `fresh` that lie in no module for which `saves(module path)` holds."""
+    return [
+        name
+        for name in fresh or ()
+        if not any(saves(name.rsplit(".", depth)[0]) for depth in range(1, name.count(".") + 1))
+    ]
+
+
+def record(model: nn.Module, *, of: nn.Module | None = None, fresh: tuple[str, ...] | None = None) -> TrainingRecord:
+    """What `model`, a base with one adapter applied, is and computes now.
+
+    Args:
+        model: what runs.
+        of: the base whose class is recorded, where `model` only wraps it.
+        fresh: the base's fresh parameters, as found before training.
+    """
+    base = of if of is not None else model
+    names = getattr(getattr(base, "config", None), "id2label", None)
+    labels = None
+    if isinstance(names, Mapping) and any(name != f"LABEL_{i}" for i, name in names.items()):
+        labels = tuple(str(names[i]) for i in sorted(names))
+    return TrainingRecord(class_name(base), fresh, labels, _probe(model, base))
+
+
+def check_record(
+    adapter: SdctAdapter, model: nn.Module, fresh: tuple[str, ...] | None = None, *, label: str = "the adapter"
+) -> None:
+    """Raise `BaseMismatchError` unless `model` is what `adapter` was trained on: its class, and what it computes.
+
+    Of an adapter that records no training only this is known: that it must save the parameters in `fresh` (by default
+    `fresh_parameters(model)`), which no checkpoint gave this model. On the meta device nothing is computed.
+    """
+    trained = adapter.trained_on
+    if trained is not None:
+        check_class(trained, class_name(model), label=label)
+    missing = sorted(set(fresh or fresh_parameters(model) or ()) - set(adapter.saved))
+    if missing:
+        raise BaseMismatchError(
+            f"{label} does not save {missing[0]!r}, which the base's checkpoint lacks too ({len(missing)} such "
+            f"parameters), so it has no trained value; use the base it was trained on "
+            f"({adapter.config.base_model_name_or_path or 'unknown'})"
+        )
+    if trained is None or trained.probe is None or any(parameter.is_meta for parameter in model.parameters()):
+        return
+    inputs = {name: torch.from_numpy(np.array(array)) for name, array in trained.probe.inputs.items()}
+    with _as_it_runs(model, inputs) as ready:
+        outputs = run_adapted(model, ready, adapter)
+    error = trained.probe.difference({name: to_numpy(value.float()) for name, value in outputs.items()})
+    limit = max(TOLERANCES[trained.probe.dtype], TOLERANCES[_float_dtype(model)])
+    if not error <= limit:
+        raise BaseMismatchError(
+            f"{label} gives other outputs on this base than when it was trained (off by {error:.1e} of their size, "
+            f"limit {limit:.0e}): some weight of the base that the adapter does not change is another one; use the "
+            f"base it was trained on ({adapter.config.base_model_name_or_path or 'unknown'})"
+        )
+
+
+def class_of(adapters: Mapping[str, SdctAdapter], model_class: str | None) -> str | None:
+    """The class to load a base as: the one asked for, else the one `adapters` (name -> adapter) were trained on.
+
+    None where no adapter says. A class of one's own is imported only where it is asked for by name.
+
+    Raises:
+        ConfigError: the adapters were trained on different classes, or on one that has to be named.
+    """
+    found = {a.trained_on.model_class: name for name, a in adapters.items() if a.trained_on is not None}
+    if model_class is not None or not found:
+        return model_class
+    if len(found) > 1:
+        listed = ", ".join(f"{name!r} on {cls}" for cls, name in found.items())
+        raise ConfigError(f"the adapters were trained on different classes ({listed}); export one bundle a class")
+    (trained, name), *_ = found.items()
+    if not trained.startswith("transformers:"):
+        raise ConfigError(
+            f"{name!r} was trained on {trained}, a class of your own; pass --model-class {trained} "
+            f"(model_class={trained!r}) with its module on the Python path, or the live model"
+        )
+    return trained
+
+
+def check_class(trained: TrainingRecord, found: str, *, label: str = "the adapter") -> None:
+    """Raise `BaseMismatchError` where an adapter was trained on another class than `found`, a `class_name`."""
+    module, _, name = trained.model_class.partition(":")
+    other, _, got = found.partition(":")
+    # a script run as __main__ is a module of another name elsewhere
+    if name != got or (module != other and "__main__" not in (module, other)):
+        own = module != "transformers"
+        way = f"pass --model-class {trained.model_class} (model_class={trained.model_class!r}) or the live model"
+        raise BaseMismatchError(
+            f"{label} was trained on {name} of {module}, this base is a {got}; "
+            + (way if own else f"load the base as {name}")
+        )
+
+
+def _probe(model: nn.Module, base: nn.Module) -> TrainingProbe | None:
+    inputs = _probe_inputs(base)
+    if inputs is None or _is_sharded(model) or any(parameter.is_meta for parameter in model.parameters()):
+        return None
+    try:
+        with _as_it_runs(model, {name: torch.from_numpy(array) for name, array in inputs.items()}) as ready:
+            outputs = {name: to_numpy(value.float()) for name, value in run_model(model, ready).items()}
+    except Exception as error:  # a class of one's own may raise anything; training it is no fault
+        warnings.warn(
+            f"no training probe was recorded: {type(base).__name__} does not run on {', '.join(inputs)} alone "
+            f"({type(error).__name__}: {error}); later steps cannot be compared with it",
+            stacklevel=2,
+        )
+        return None
+    shapes = {name: array.shape for name, array in outputs.items()}
+    samples = {name: array.reshape(-1)[positions(array.shape)] for name, array in outputs.items()}
+    return TrainingProbe(_float_dtype(model), inputs, samples, shapes)
+
+
+def _probe_inputs(model: nn.Module) -> dict[str, Any] | None:
+    """Small inputs that are the same everywhere, None for a model that reads neither text nor images."""
+    config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    if config is None or main not in ("input_ids", "pixel_values"):
+        return None
+    if main == "pixel_values":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return {"pixel_values": formula((1, config.num_channels, height, width))}
+    vocabulary = int(config.get_text_config().vocab_size)
+    ids = (scattered(BATCH * SEQUENCE) * vocabulary >> 32).reshape(BATCH, SEQUENCE)
+    inputs = {"input_ids": ids}
+    if "attention_mask" in inspect.signature(model.forward).parameters:
+        inputs["attention_mask"] = np.ones_like(ids)
+    return inputs
+
+
+@contextlib.contextmanager
+def _as_it_runs(model: nn.Module, inputs: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The inputs on the model's device and in its type; inside the block it is in eval mode and autocast is off."""
+    first = next(model.parameters())
+    modes = [(module, module.training) for module in model.modules()]
+    dtype = getattr(torch, _float_dtype(model))
+    ready = {n: t.to(first.device, dtype if t.is_floating_point() else None) for n, t in inputs.items()}
+    try:
+        model.eval()
+        with torch.autocast(first.device.type, enabled=False):
+            yield ready
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether parameters are spread over processes (FSDP, ZeRO): a forward on one would wait for the others."""
+    return any(hasattr(p, "ds_id") or type(p.data).__name__ == "DTensor" for p in model.parameters())
+
+
+def _float_dtype(model: nn.Module) -> str:
+    return next(str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point())

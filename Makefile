@@ -7,7 +7,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test style quality bench gpu clean
+.PHONY: help demo test style quality bench gpu wheel clean
 
 help:
 	@echo 'make demo      train, export, run and verify adapters on a real model (a few minutes)'
@@ -15,6 +15,7 @@ help:
 	@echo 'make quality   check style and types; make style repairs what can be repaired'
 	@echo 'make bench     run the benchmarks that take a few minutes and name the longer ones'
 	@echo 'make gpu       run what needs an NVIDIA GPU; every piece whose dependency is missing says so'
+	@echo 'make wheel     build dist/*.whl with the native parts inside; options in .ci/wheel'
 	@echo 'make clean     remove .venv and caches'
 	@echo 'PYTHON=python3.12 chooses the interpreter for .venv (3.10 or newer)'
 
@@ -44,6 +45,9 @@ gpu: $(STAMP)
 	@mkdir -p build/gpu; rm -f build/gpu/tests.xml build/gpu/engine_checks.json; failed=0; \
 	$(BIN)/python -m pytest tests/gpu -rs --junitxml=build/gpu/tests.xml $(ARGS) || failed=1; \
 	$(BIN)/python benchmarks/gpu/run.py || failed=1; exit $$failed
+
+wheel:
+	@PYTHON=$(PYTHON) .ci/wheel
 
 # installed again only when what it is made from changes
 $(STAMP): pyproject.toml constraints.txt

@@ -49,8 +49,9 @@ gpu: $(STAMP)
 wheel:
 	@PYTHON=$(PYTHON) .ci/wheel
 
-# installed again only when what it is made from changes
-$(STAMP): pyproject.toml constraints.txt
+# installed again only when what it is made from changes; with a C++ compiler that builds the operator library, too
+NATIVE := CMakeLists.txt $(wildcard plugins/core/* plugins/include/sdct/* plugins/onnxruntime/*)
+$(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit("sdct_export needs Python 3.10 or newer; set PYTHON=..." if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,peft,plot]'

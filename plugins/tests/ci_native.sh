@@ -4,7 +4,7 @@
 #     PYTHON=.venv/bin/python plugins/tests/ci_native.sh
 #
 #   build/sanitize   core, driver and operator library under AddressSanitizer and UBSan, run against scipy and ONNX Runtime
-#   build/native     the same optimised, for the rest of the test suite: SDCT_LIBRARY_PATH=build/native
+#   build/native     the same optimised; the rest of the test suite runs with the operator that .venv's installation built
 #   build/cuda       the GPU kernels, compiled only
 #
 # The operator library is built from the project's own declarations. Those are compared with ONNX Runtime's real headers where
@@ -77,8 +77,6 @@ check "$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" b
 
 build build/native -DSDCT_CUDA=OFF
 check "" build/native tests/native/test_core.py tests/native/test_operator.py
-# every model family through the operator (`make test` runs them through the portable body where no operator is installed)
-check "" build/native tests/test_export.py -n "$JOBS" --dist loadscope
 
 if command -v nvcc >/dev/null; then
   build build/cuda -DSDCT_TESTS=OFF -DCMAKE_CUDA_ARCHITECTURES="${CUDA_ARCHITECTURES:-75-real;90a-real}"

@@ -12,6 +12,10 @@
 #include "factorise.h"
 #include "plan.h"
 
+#if defined(SDCT_X86)
+#include <cpuid.h>
+#endif
+
 namespace sdct {
 namespace {
 
@@ -117,13 +121,21 @@ CpuTransform::~CpuTransform() = default;
 
 namespace {
 
+#if defined(SDCT_X86)
+// Conversion of half precision; not all compilers' __builtin_cpu_supports knows it.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 const CpuPath& choose_path() {
 #if defined(SDCT_X86)
   // SDCT_CPU_ISA lowers the choice, for tests
   const char* wish = std::getenv("SDCT_CPU_ISA");
   const bool any = !wish || !*wish || !std::strcmp(wish, "avx512");
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512 && any) return cpu_path_avx512();

@@ -11,7 +11,16 @@ from importlib import metadata
 
 from . import __version__
 from .errors import SdctError
-from .native import find_library, has_cuda, instruction_set, operator_library, register_operator, why_no_operator
+from .native import (
+    find_plugin,
+    has_cuda,
+    instruction_set,
+    library_folders,
+    operator_library,
+    register_operator,
+    why_no_operator,
+)
+from .plugin_choice import library_version, plugin_libraries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +100,20 @@ def _operator() -> str | None:
 
 
 def _plugin() -> str | None:
-    path = find_library("sdct_tensorrt")
-    if path is None:
+    libraries = plugin_libraries(library_folders())
+    if not libraries:
         return None
-    version = ctypes.CDLL(str(path)).sdct_tensorrt_version()
-    return f"{path} for TensorRT {version // 10000}.{version // 100 % 100}"
+    try:
+        path = find_plugin(metadata.version("tensorrt"))
+    except metadata.PackageNotFoundError:
+        path = find_plugin(None)
+    if path is None:
+        numbered = sorted(version for library in libraries if (version := library_version(library)))
+        versions = ", ".join(f"{major}.{minor}" for major, minor in numbered)
+        return f"for TensorRT {versions}, whichever is installed: {libraries[0].parent}"
+    named = library_version(path)  # loading one registers it, so that is done only where the name does not say it
+    version = ctypes.CDLL(str(path)).sdct_tensorrt_version() if named is None else named[0] * 10000 + named[1] * 100
+    return f"for TensorRT {version // 10000}.{version // 100 % 100}: {path}"
 
 
 def _driver() -> str | None:

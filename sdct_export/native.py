@@ -16,6 +16,7 @@ from typing import Any
 
 from .contract import OP_VERSION
 from .errors import UnsupportedError
+from .plugin_choice import choose_plugin, parse_version, plugin_libraries
 
 LIBRARY_PATH = "SDCT_LIBRARY_PATH"
 
@@ -88,16 +89,28 @@ def why_no_operator(device: str = "cpu") -> str:
 def find_library(stem: str) -> Path | None:
     """The first library called `stem` on the search path, None where there is none."""
     name = {"win32": f"{stem}.dll", "darwin": f"lib{stem}.dylib"}.get(sys.platform, f"lib{stem}.so")
-    folders = os.environ.get(LIBRARY_PATH)
-    if folders is None:
-        package = sys.modules[__package__]  # an editable installation has two folders: the sources and what was built
-        places = [Path(folder) / "lib" for folder in package.__path__]
-    else:
-        places = [Path(folder) for folder in folders.split(os.pathsep) if folder]
-    for place in places:
+    for place in library_folders():
         if (place / name).is_file():
             return (place / name).resolve()
     return None
+
+
+def find_plugin(tensorrt: str | None) -> Path | None:
+    """The plugin library for TensorRT version `tensorrt`, None where there is none (see `plugin_choice`).
+
+    Raises:
+        UnsupportedError: there are libraries, but none for this version.
+    """
+    return choose_plugin(plugin_libraries(library_folders()), parse_version(tensorrt) if tensorrt else None)
+
+
+def library_folders() -> list[Path]:
+    """Where libraries are looked for, in this order."""
+    folders = os.environ.get(LIBRARY_PATH)
+    if folders is None:
+        package = sys.modules[__package__]  # an editable installation has two folders: the sources and what was built
+        return [Path(folder) / "lib" for folder in package.__path__]
+    return [Path(folder) for folder in folders.split(os.pathsep) if folder]
 
 
 def check_version(path: Path) -> None:

@@ -16,7 +16,7 @@ import sdct_export
 PACKAGE = Path(sdct_export.__file__).parent
 # the way of an adapter through the house; a room may import those before it and its own modules
 ROOMS = [
-    {"errors", "contract", "files", "native", "lazy"},
+    {"errors", "contract", "files", "native", "plugin_choice", "lazy"},
     {"spectral"},
     {"adapter"},
     {"base"},

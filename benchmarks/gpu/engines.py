@@ -24,7 +24,8 @@ from engine_check import random_adapter
 
 from sdct_export.bundle.description import Bundle
 from sdct_export.engine import build
-from sdct_export.native import find_library
+from sdct_export.native import library_folders
+from sdct_export.plugin_choice import plugin_libraries
 from sdct_export.runtime import MultiAdapterModel
 
 CASES = {"decode 1": (1, 1), "decode 8": (8, 1), "decode 32": (32, 1), "prefill 8 x 128": (8, 128)}  # batch, sequence
@@ -41,7 +42,7 @@ def interpreter() -> str:
         if importlib.util.find_spec("tensorrt") is None:
             raise Missing("tensorrt is not installed here, and SDCT_TRT_PYTHON names no interpreter that has it")
         python = sys.executable
-    if find_library("sdct_tensorrt") is None:
+    if not plugin_libraries(library_folders()):
         raise Missing("the plugin library was not built: TensorRT's headers are missing (TENSORRT_INCLUDE_DIR)")
     return python
 

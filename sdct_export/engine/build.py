@@ -20,7 +20,8 @@ from ..bundle.description import Bundle, file_sha256
 from ..bundle.packing import bank_layout
 from ..errors import AdapterFormatError, ConfigError, OutputError, SdctError, UnsupportedError
 from ..files import new_file
-from ..native import find_library
+from ..native import find_plugin
+from ..plugin_choice import parse_version
 
 ENGINE_FILE = "model.engine"  # default name inside a bundle
 GRAPH_FILE = "model.tensorrt.onnx"  # the graph without function bodies, beside the weights it shares with model.onnx
@@ -151,7 +152,7 @@ def build_engine(
     shapes = profile_shapes(bundle, profile or default_profile(bundle))
     trt = _tensorrt_or_none()
     graph = prepare_graph(bundle, old=trt is not None and _major(trt) < 10)
-    library = find_library(PLUGIN) if bundle.groups else None
+    library = find_plugin(None if trt is None else str(trt.__version__)) if bundle.groups else None
     cache = Path(timing_cache) if timing_cache is not None else None
     report(trtexec_command(bundle, graph, engine, shapes, library=library, timing_cache=cache, trt=trt))
     if trt is None:
@@ -317,9 +318,10 @@ def load_plugin(trt: Any, library: Path) -> None:
         built_for, known = loaded.sdct_tensorrt_version(), loaded.sdct_tensorrt_register()
     except (OSError, AttributeError) as error:
         raise UnsupportedError(f"{library} cannot be loaded ({error}); build it again for this machine") from error
-    if built_for // 10000 != _major(trt) or not known:
+    built, found = (built_for // 10000, built_for // 100 % 100), parse_version(str(trt.__version__))
+    if built[0] != found[0] or built > found or not known:
         raise UnsupportedError(
-            f"{library} was built for TensorRT {built_for // 10000}.{built_for // 100 % 100}, this is "
+            f"{library} was built for TensorRT {built[0]}.{built[1]}, this is "
             f"{trt.__version__}; build it against the headers of the TensorRT that runs"
         )
 

@@ -24,7 +24,7 @@ from ..adapter.entries import Array
 from ..bundle.description import Bundle, file_sha256
 from ..engine.build import ENGINE_FILE, PLUGIN, PLUGIN_EMBEDDED, PLUGIN_LIBRARY, EngineManifest, Log, load_plugin
 from ..errors import AdapterFormatError, ConfigError, SdctError, UnsupportedError
-from ..native import find_library
+from ..native import find_plugin
 
 MAX_CONTEXTS = 8  # each holds the engine's activations once
 
@@ -231,7 +231,7 @@ class TrtBackend:
 
     def _load(self, trt: Any, path: Path) -> Any:
         if self._manifest.plugin == PLUGIN_LIBRARY:
-            library = find_library(PLUGIN)
+            library = find_plugin(str(trt.__version__))
             if library is None:
                 raise UnsupportedError(f"{path} needs the plugin library {PLUGIN}; see docs/tensorrt.md")
             load_plugin(trt, library)

@@ -28,8 +28,7 @@ class Missing(Exception):
 def build() -> Path:
     """Build everything for this machine's GPU into build/gpu, or take the folder that SDCT_GPU_BUILD names.
 
-    The operator library needs ONNX Runtime's headers (ONNXRUNTIME_INCLUDE_DIR), the plugin TensorRT's
-    (TENSORRT_INCLUDE_DIR); without them the rest is built.
+    The plugin needs TensorRT's headers (TENSORRT_INCLUDE_DIR); without them the rest is built.
 
     Raises:
         Missing: no compiler, or no GPU. RuntimeError: the build fails; the message has the end of its output.
@@ -45,9 +44,6 @@ def build() -> Path:
     folder = ROOT / "build" / "gpu"
     command = ["cmake", "-S", str(ROOT), "-B", str(folder), f"-DCMAKE_CUDA_ARCHITECTURES={_architecture()}"]
     command += ["-DSDCT_BENCHMARKS=ON", "-DCMAKE_BUILD_TYPE=Release"]
-    headers = ROOT / "build" / "headers" / "root" / "usr" / "include" / "onnxruntime"
-    if "ONNXRUNTIME_INCLUDE_DIR" not in os.environ and headers.is_dir():
-        command.append(f"-DONNXRUNTIME_INCLUDE_DIR={headers}")
     for step in (command, ["cmake", "--build", str(folder), "-j", str(os.cpu_count() or 1)]):
         done = subprocess.run(step, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         if done.returncode:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sdct_export.native import find_library
+from sdct_export.native import library_folders
+from sdct_export.plugin_choice import plugin_libraries
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -23,7 +24,7 @@ def test_engines(tmp_path: Path) -> None:
         if importlib.util.find_spec("tensorrt") is None:
             pytest.skip("tensorrt is not installed here, and SDCT_TRT_PYTHON names no interpreter that has it")
         python = sys.executable
-    if find_library("sdct_tensorrt") is None:
+    if not plugin_libraries(library_folders()):
         pytest.skip("the plugin library is not built (set SDCT_LIBRARY_PATH to its folder)")
     cases = os.environ.get("SDCT_ENGINE_CASES")  # made before by make_engine_cases.py
     if cases is None:

@@ -19,7 +19,7 @@ from sdct_export.adapter.config import SdctConfig
 from sdct_export.adapter.entries import Array, SdctEntries
 from sdct_export.bundle.description import Bundle
 from sdct_export.errors import UnsupportedError
-from sdct_export.native import LIBRARY_PATH, find_library, register_operator
+from sdct_export.native import LIBRARY_PATH, find_library, has_cuda, register_operator
 from sdct_export.runtime import MultiAdapterModel
 
 pytestmark = pytest.mark.gpu
@@ -44,14 +44,18 @@ def load(request: pytest.FixtureRequest, cuda_provider: None, monkeypatch: pytes
     """Opens a bundle on the GPU, with the function body or with the operator library."""
     if request.param == "function":
         monkeypatch.setenv(LIBRARY_PATH, str(tmp_path))
-    elif find_library("sdct_onnxruntime") is None:
-        pytest.skip("the operator library was not built: ONNX Runtime's headers are missing (ONNXRUNTIME_INCLUDE_DIR)")
+    else:
+        library = find_library("sdct_onnxruntime")
+        if library is None or not has_cuda(library):
+            pytest.skip("the operator library was not built with GPU kernels: it needs nvcc")
 
     def open_bundle(path: Path, **options: Any) -> MultiAdapterModel:
         try:
-            return MultiAdapterModel(path, device="cuda", **options)
+            model = MultiAdapterModel(path, device="cuda", **options)
         except UnsupportedError as reason:
             pytest.skip(str(reason))
+        assert model.native == (request.param == "operator")
+        return model
 
     return open_bundle
 

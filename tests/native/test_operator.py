@@ -23,8 +23,8 @@ def library(monkeypatch):
         found = sorted([*ROOT.glob("build/libsdct_*runtime.so"), *ROOT.glob("build/native/libsdct_*runtime.so")])
         if not found:
             pytest.skip(
-                "no operator library: build it with cmake -S . -B build -DONNXRUNTIME_INCLUDE_DIR=... && "
-                "cmake --build build, or set SDCT_LIBRARY_PATH"
+                "no operator library: there was no C++ compiler when the package was installed; or build it with "
+                "cmake -S . -B build && cmake --build build"
             )
         monkeypatch.setenv(native.LIBRARY_PATH, str(found[0].parent))
     return native.operator_library()

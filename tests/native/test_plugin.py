@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from sdct_export.native import find_library
+from sdct_export.native import find_plugin
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,7 +45,7 @@ def test_compiles_without_warnings_and_behaves_against_every_version() -> None:
 
 def test_real_registry_creates_clones_serializes_and_refuses() -> None:
     python = setting("SDCT_TRT_PYTHON", "an interpreter with TensorRT")
-    library = find_library("sdct_tensorrt")
+    library = find_plugin("8.5.3.1")
     if library is None:
         pytest.skip("the plugin library is not built (set SDCT_LIBRARY_PATH to its folder)")
     out = run(python, str(ROOT / "tests/native/trt_registry_check.py"), str(library))

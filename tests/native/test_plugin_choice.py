@@ -1,10 +1,13 @@
 """Which of several plugin libraries is taken for a TensorRT version."""
 
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from sdct_export.doctor import examine
 from sdct_export.errors import UnsupportedError
+from sdct_export.native import find_plugin
 from sdct_export.plugin_choice import choose_plugin, library_version, parse_version, plugin_libraries
 
 FOLDER = Path("lib")
@@ -74,3 +77,29 @@ def test_versions():
     assert parse_version("8.5") == (8, 5)
     with pytest.raises(UnsupportedError, match="calls its version 'unknown'"):
         parse_version("unknown")
+
+
+def test_the_search_path_and_doctor_use_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("SDCT_LIBRARY_PATH", str(tmp_path))
+    assert find_plugin("10.3.0.26") is None
+    for path in NUMBERED:
+        (tmp_path / path.name).write_bytes(b"")
+    assert find_plugin("10.3.0.26") == tmp_path / "libsdct_tensorrt_10_0.so"
+    assert find_plugin(None) is None
+
+    def installed(name):
+        if name == "tensorrt" and version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version if name == "tensorrt" else "1.2"
+
+    monkeypatch.setattr(metadata, "version", installed)
+    for version, said in [
+        (None, f"for TensorRT 8.5, 10.0, 10.16, 11.1, whichever is installed: {tmp_path}"),
+        ("11.4.0", f"for TensorRT 11.1: {tmp_path / 'libsdct_tensorrt_11_1.so'}"),
+    ]:
+        found = {finding.part: finding for finding in examine()}["plugin library"]
+        assert (found.state, found.detail) == ("ok", said)
+    version = "9.1.0"
+    broken = {finding.part: finding for finding in examine()}["plugin library"]
+    assert broken.state == "broken"
+    assert "no plugin library for TensorRT 9.1" in broken.detail

@@ -108,8 +108,8 @@ def _plugin() -> str | None:
     except metadata.PackageNotFoundError:
         path = find_plugin(None)
     if path is None:
-        numbered = sorted(version for library in libraries if (version := library_version(library)))
-        versions = ", ".join(f"{major}.{minor}" for major, minor in numbered)
+        known = sorted(v for library in libraries if (v := library_version(library)) is not None)
+        versions = ", ".join(f"{major}.{minor}" for major, minor in known)
         return f"for TensorRT {versions}, whichever is installed: {libraries[0].parent}"
     named = library_version(path)  # loading one registers it, so that is done only where the name does not say it
     version = ctypes.CDLL(str(path)).sdct_tensorrt_version() if named is None else named[0] * 10000 + named[1] * 100

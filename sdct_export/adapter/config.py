@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import ConfigError
 
 PEFT_TYPE = "SDCT"
+ALL_LINEAR = "all-linear"
 FORMAT_VERSION = 1
 SELECTIONS = ("energy", "top", "random", "low")
 TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM", "FEATURE_EXTRACTION", "IMAGE_CLS")
@@ -26,7 +27,8 @@ class SdctConfig:
 
     Args:
         target_modules: names of the linear layers to adapt. A list matches a module whose path equals an item or ends
-            with `"." + item`; a string is a regular expression that must match the whole path.
+            with `"." + item`; a string is a regular expression that must match the whole path. `"all-linear"` means
+            every linear layer but the output layer and those in `modules_to_save`.
         n_coefficients: trained coefficients per matrix (700 gives the counts published for MaCP, arXiv 2410.09103).
         scaling: factor on every coefficient. With orthonormal transforms only `scaling * learning rate` matters to an
             optimiser such as Adam; with the default of 1.0 use a learning rate near 1e-2.

@@ -97,6 +97,8 @@ def main(
     from ..files import refuse_existing
 
     refuse_existing(output)
+    if format_ == "tensorrt":
+        _require_tensorrt()
     if format_ == "transformers":
         from ..weights.merging import merge_checkpoint
 
@@ -152,6 +154,19 @@ def _named(adapters: tuple[str, ...]) -> dict[str, Path]:
             raise click.BadParameter(f"two adapters are called {name!r}; use NAME=FOLDER", param_hint="--adapter")
         named[name] = Path(path)
     return named
+
+
+def _require_tensorrt() -> None:
+    """Before minutes of export, not after them."""
+    from ..errors import UnsupportedError
+
+    try:
+        import tensorrt  # noqa: F401
+    except ImportError:
+        raise UnsupportedError(
+            "--format tensorrt builds an engine, which needs the package tensorrt on the machine with the GPU: "
+            "pip install 'sdct_export[tensorrt]' there, or export ONNX here and run `sdct-export build` there"
+        ) from None
 
 
 def _size(folder: Path) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ..adapter.config import SdctConfig
+from ..adapter.config import ALL_LINEAR, SdctConfig
 from ..base.model import linear_shape, linear_weight, model_hash
 from ..base.training import unsaved
 from ..errors import ConfigError, UnsupportedError
@@ -33,7 +33,10 @@ def find_targets(base: nn.Module, config: SdctConfig) -> dict[str, nn.Module]:
         ConfigError: nothing matches, or a matrix has fewer entries than `n_coefficients`.
         UnsupportedError: a named module cannot be adapted.
     """
-    targets = {path: module for path, module in base.named_modules() if path and config.matches(path)}
+    if config.target_modules == ALL_LINEAR:
+        targets = _all_linear(base, config)
+    else:
+        targets = {path: module for path, module in base.named_modules() if path and config.matches(path)}
     if not targets:
         linear = [path for path, module in base.named_modules() if linear_shape(module) is not None]
         named = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
@@ -49,6 +52,20 @@ def find_targets(base: nn.Module, config: SdctConfig) -> dict[str, nn.Module]:
                 f"{d_out * d_in}; lower n_coefficients or take the module out of target_modules"
             )
     return targets
+
+
+def _all_linear(base: nn.Module, config: SdctConfig) -> dict[str, nn.Module]:
+    """Every linear layer but the output layer and what is saved in full, as PEFT reads "all-linear"."""
+    output = getattr(base, "get_output_embeddings", lambda: None)()
+    body = getattr(base, "base_model", base) if (config.task_type or task_type(base) or "").endswith("_CLS") else base
+    inside = {id(module) for module in body.modules()} - {id(output)}
+    return {
+        path: module
+        for path, module in base.named_modules()
+        if id(module) in inside
+        and linear_shape(module) is not None
+        and not any(config.saves(path.rsplit(".", depth)[0]) for depth in range(path.count(".") + 1))
+    }
 
 
 def check_linear(path: str, module: nn.Module) -> None:

@@ -203,13 +203,7 @@ class SdctModel(nn.Module):
     def plain_base(self) -> nn.Module:
         """A copy of the base as it was given, without adapters or their hooks."""
         with self.disable_adapter():
-            base = copy.deepcopy(self.base)
-        for module in base.modules():
-            if isinstance(module._modules.get(CHILD), SdctLayer):
-                del module._modules[CHILD]
-                for key in [key for key, hook in module._forward_hooks.items() if hook is add_active]:
-                    del module._forward_hooks[key]
-        return base
+            return _unwrap(copy.deepcopy(self.base))
 
     @property
     def fresh_parameters(self) -> tuple[str, ...] | None:
@@ -251,6 +245,16 @@ class SdctModel(nn.Module):
         merged.unmerge()
         self._merged = None
         self._activate(name)
+
+    def merge_and_unload(self) -> nn.Module:
+        """Merge the active adapter for good and give the base back, a plain model without adapters or hooks."""
+        self.merge()
+        self._merged = None
+        return _unwrap(self.base)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """`count_parameters`, under the name PEFT gives it."""
+        return self.count_parameters()
 
     def count_parameters(self) -> tuple[int, int]:
         """`(trainable, all)` numbers, each shared parameter counted once."""
@@ -362,6 +366,16 @@ class SdctModel(nn.Module):
     def _refuse_merged(self, what: str) -> None:
         if self._merged is not None:
             raise ConfigError(f"adapter {self._merged[0]!r} is merged into the base; call unmerge before {what}")
+
+
+def _unwrap(base: nn.Module) -> nn.Module:
+    """`base` itself, without the adapters on its layers."""
+    for module in base.modules():
+        if isinstance(module._modules.get(CHILD), SdctLayer):
+            del module._modules[CHILD]
+            for key in [key for key, hook in module._forward_hooks.items() if hook is add_active]:
+                del module._forward_hooks[key]
+    return base
 
 
 def _new(base: nn.Module) -> SdctModel:

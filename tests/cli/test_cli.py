@@ -383,3 +383,14 @@ def test_project_a_merged_checkpoint_gives_the_adapter_back(project_folder: Path
     assert "exists already" in fails("project", "--model", base, *options)
     for wrong in ([], ["--lora", legal, "--tuned", base]):
         assert "either --lora or --tuned" in misused("project", "--model", base, *wrong, "--output", tmp_path / "x")
+
+
+def test_an_engine_without_tensorrt_is_refused_before_any_work(
+    project_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setattr("sdct_export.export.export_multi", lambda *_, **__: pytest.fail("worked for nothing"))
+    message = fails("--model", project_folder, "--adapter", project_folder, "--output", tmp_path / "out", "--format",
+                    "tensorrt")  # fmt: skip
+    assert "needs the package tensorrt" in message
+    assert list(tmp_path.iterdir()) == []

@@ -87,19 +87,22 @@ def test_the_search_path_and_doctor_use_it(tmp_path, monkeypatch):
     assert find_plugin("10.3.0.26") == tmp_path / "libsdct_tensorrt_10_0.so"
     assert find_plugin(None) is None
 
-    def installed(name):
-        if name == "tensorrt" and version is None:
-            raise metadata.PackageNotFoundError(name)
-        return version if name == "tensorrt" else "1.2"
+    def tensorrt_is(version):
+        def installed(name):
+            if name == "tensorrt" and version is None:
+                raise metadata.PackageNotFoundError(name)
+            return version if name == "tensorrt" else "1.2"
 
-    monkeypatch.setattr(metadata, "version", installed)
-    for version, said in [
-        (None, f"for TensorRT 8.5, 10.0, 10.16, 11.1, whichever is installed: {tmp_path}"),
-        ("11.4.0", f"for TensorRT 11.1: {tmp_path / 'libsdct_tensorrt_11_1.so'}"),
-    ]:
-        found = {finding.part: finding for finding in examine()}["plugin library"]
-        assert (found.state, found.detail) == ("ok", said)
-    version = "9.1.0"
-    broken = {finding.part: finding for finding in examine()}["plugin library"]
-    assert broken.state == "broken"
-    assert "no plugin library for TensorRT 9.1" in broken.detail
+        monkeypatch.setattr(metadata, "version", installed)
+        return {finding.part: finding for finding in examine()}["plugin library"]
+
+    none = tensorrt_is(None)
+    assert (none.state, none.detail) == (
+        "ok",
+        f"for TensorRT 8.5, 10.0, 10.16, 11.1, whichever is installed: {tmp_path}",
+    )
+    newest = tensorrt_is("11.4.0")
+    assert (newest.state, newest.detail) == ("ok", f"for TensorRT 11.1: {tmp_path / 'libsdct_tensorrt_11_1.so'}")
+    unfit = tensorrt_is("9.1.0")
+    assert unfit.state == "broken"
+    assert "no plugin library for TensorRT 9.1" in unfit.detail

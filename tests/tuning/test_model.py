@@ -14,6 +14,7 @@ import pytest
 import torch
 from families import FAMILIES, edited, random_adapter
 from torch import Tensor, nn
+from transformers import BertConfig, BertModel, LlamaConfig
 
 from sdct_export import SdctAdapter, SdctConfig, SdctModel, get_sdct_model
 from sdct_export.errors import (
@@ -397,3 +398,48 @@ def test_peft_still_refuses_methods_of_others() -> None:
     peft_types = pytest.importorskip("peft.utils.peft_types")
     with pytest.raises(ValueError, match="Unknown PEFT type SDCT"):
         peft_types.register_peft_method(name="sdct", config_cls=object, model_cls=object)
+
+
+def _bert() -> Any:
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+    )
+    torch.manual_seed(0)
+    return BertModel(config).eval()
+
+
+def test_merge_and_unload_leaves_a_plain_model() -> None:
+    base, ids = _bert(), torch.randint(0, 50, (2, 6))
+    model = get_sdct_model(base, SdctConfig(["query", "value"], n_coefficients=20))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+        want, before = model.eval()(ids).last_hidden_state, set(_bert().state_dict())
+        plain = model.merge_and_unload()
+        got = plain(ids).last_hidden_state
+    assert plain is base
+    assert set(plain.state_dict()) == before
+    assert not any(module._forward_hooks for module in plain.modules())
+    assert (got - want).abs().max() < 1e-5
+    assert model.get_nb_trainable_parameters() == model.count_parameters()
+
+
+def test_all_linear_is_every_linear_layer_but_the_output() -> None:
+    from transformers import BertForSequenceClassification, LlamaForCausalLM
+
+    found = get_sdct_model(_bert(), SdctConfig("all-linear", n_coefficients=5)).adapter().modules
+    assert {path.rpartition(".")[2] for path in found} == {"query", "key", "value", "dense"}
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+    )
+    classifier = BertForSequenceClassification(config)
+    settings = SdctConfig("all-linear", n_coefficients=5, modules_to_save=["bert.pooler"], task_type="SEQ_CLS")
+    found = get_sdct_model(classifier, settings).adapter().modules
+    assert not any("classifier" in path or "pooler" in path for path in found)
+    assert len(found) == 6
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                         num_key_value_heads=2, intermediate_size=24))  # fmt: skip
+    found = get_sdct_model(llama, SdctConfig("all-linear", n_coefficients=5)).adapter().modules
+    names = {path.rpartition(".")[2] for path in found}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

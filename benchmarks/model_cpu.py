@@ -8,7 +8,9 @@ query and 2 key-value heads, MLP 4864; vocabulary 32000 instead of 151936 to spa
 without a key-value cache. Each row has another of 8 adapters. Beside the merged bundle run: the multi-adapter bundle
 with the native operator and with the portable body, both also with base rows only and the native one with 2000
 resident adapters; and the base graph with LoRA r = 16, the two factors of each row and projection gathered from a
-bank. Before anything is timed, rows of the first adapter must equal the merged bundle and base rows the base graph.
+bank. "merged_again" is a control: a second session of the very same merged file, opened last; its ratio says how far
+from 1 two sessions of one graph come to lie. Before anything is timed, rows of the first adapter must equal the merged
+bundle and base rows the base graph.
 
 All take turns, each with one call to warm up and one that counts; a ratio is the median over the rounds of a call over
 the merged bundle's call of the same round. "cpu" is the same in processor time of all threads, in sessions of its own
@@ -183,6 +185,7 @@ class Case:
         base = {**inputs, **eight, contract.ADAPTER_IDS: column(np.zeros(ROWS))}
         self.feeds: dict[str, dict[str, Array]] = {
             "merged": inputs,
+            "merged_again": inputs,
             "native": mixed,
             "portable": mixed,
             "native_2000": {**inputs, **many, contract.ADAPTER_IDS: column(spread)},
@@ -195,7 +198,8 @@ class Case:
         """The session of each way to run; some share one."""
         merged, lora = (Session(path, False, spinning) for path in (self.merged, self.lora))
         fast, portable = (Session(self.bundle.model_path, operator, spinning) for operator in (True, False))
-        found = {"merged": merged, "native": fast, "native_2000": fast, "native_base": fast}
+        again = Session(self.merged, False, spinning)
+        found = {"merged": merged, "merged_again": again, "native": fast, "native_2000": fast, "native_base": fast}
         return found | {"portable": portable, "portable_base": portable, "lora": lora}
 
     def check(self, sessions: Mapping[str, Session]) -> None:

@@ -50,6 +50,7 @@ IR_VERSION = 10  # the first with function overloads
 
 ADAPTER_IDS = "adapter_ids"
 ADAPTER_SCALES = "adapter_scales"
+OPTIONAL_INPUTS = ("token_type_ids",)  # zero where a request leaves them out, as in transformers
 BATCH, BLEND, SLOTS = "batch", "blend", "slots"  # symbolic dimensions
 
 

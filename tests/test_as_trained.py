@@ -17,6 +17,7 @@ import transformers
 from click.testing import CliRunner, Result
 from pooled_class import MeanPooled
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
 from sdct_export import (
@@ -446,3 +447,52 @@ def test_a_list_of_folders_takes_their_names(body: Path, tmp_path: Path) -> None
         export_multi(body, None, tmp_path / "out3")
     with pytest.raises(ConfigError, match="none is active"):
         export_merged(body, None, tmp_path / "out3")
+
+
+# -- what a request may say, and what its answer is called ------------------------------------------------------------
+
+
+def test_token_types_are_an_input_that_may_be_left_out(body: Path, tmp_path: Path) -> None:
+    model = trained(get_sdct_model(_fresh(body), config(["query", "value"])))
+    export_multi(body, {"a": model.adapter()}, tmp_path / "out")
+    runner = MultiAdapterModel(tmp_path / "out")
+    assert [spec.name for spec in runner.bundle.inputs] == ["input_ids", "token_type_ids", "attention_mask"]
+    ids, arrays = feeds()
+    kinds = torch.randint(0, 2, ids.shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        want = np.asarray(model.eval()(ids, token_type_ids=kinds).logits)
+    got = runner.run(arrays | {"token_type_ids": kinds.numpy()}, "a")["logits"]
+    assert np.abs(got - want).max() < 1e-5
+    without = runner.run(arrays, "a")["logits"]
+    assert np.abs(without - logits(model, ids)).max() < 1e-5
+    assert np.abs(without - got).max() > 1e-3
+
+
+def test_pairs_of_texts_and_names_of_labels(body: Path, tmp_path: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefg"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer.save(str(body / "tokenizer.json"))
+    names = {0: "no", 1: "yes"}
+    base = transformers.BertForSequenceClassification.from_pretrained(body, id2label=names)
+    model = trained(get_sdct_model(base, config(["query"])))
+    model.save_adapter(tmp_path / "a")
+    export_multi(body, [tmp_path / "a"], tmp_path / "multi")
+    export_merged(body, tmp_path / "a", tmp_path / "merged")
+    ids = torch.tensor([[2, 4, 5, 3, 6, 3], [2, 7, 3, 8, 9, 3]])
+    kinds = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1]])
+    with torch.no_grad():
+        want = np.asarray(model.eval()(ids, token_type_ids=kinds).logits)
+    texts = ["--text", "a b", "--text-pair", "c", "--text", "d", "--text-pair", "e f", "--json"]
+    for bundle, choice in ((tmp_path / "multi", ["--adapter", "a"]), (tmp_path / "merged", [])):
+        ran = shell("run", bundle, *texts, *choice)
+        assert ran.exit_code == 0, ran.stderr
+        answer = json.loads(ran.stdout)
+        assert np.abs(np.array(answer["outputs"]["logits"]) - want).max() < 1e-5
+        assert [row["name"] for row in answer["rows"]] == [names[int(i)] for i in want.argmax(-1)]
+    ran = shell("run", tmp_path / "multi", "--text", "a", "--text", "b", "--text-pair", "c")
+    assert ran.exit_code == 2
+    assert "one --text-pair for each --text" in ran.stderr

@@ -392,6 +392,7 @@ def test_onnx_runtime_activates_the_adapter_files_of_an_exported_bundle(exported
     options.add_active_adapter(adapter)
     inputs = {"input_ids": np.array([[5, 6, 7], [8, 9, 1]]), "attention_mask": np.ones((2, 3), np.int64)}
     feeds = inputs | {"adapter_ids": np.array([[1], [0]], np.int32), "adapter_scales": np.ones((2, 1), np.float32)}
+    feeds["token_type_ids"] = np.zeros((2, 3), np.int64)
     (got,) = session._sess.run(["logits"], feeds, options)
     want = MultiAdapterModel(bundle).run(inputs, ["short", None])["logits"]
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)

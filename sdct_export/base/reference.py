@@ -23,7 +23,7 @@ Rows = Sequence[Sequence[tuple[str, float]]]
 
 
 def sample_inputs(model: nn.Module, *, batch: int, sequence: int, seed: int = 0) -> dict[str, Tensor]:
-    """Seeded random inputs a model takes: `input_ids` and `attention_mask`, or `pixel_values`.
+    """Seeded random inputs a model takes: `input_ids`, `attention_mask` and `token_type_ids`, or `pixel_values`.
 
     Row `i` of a text batch is padded on the right by up to `i` tokens, at most half of it.
 
@@ -41,7 +41,11 @@ def sample_inputs(model: nn.Module, *, batch: int, sequence: int, seed: int = 0)
     if main == "input_ids" and config is not None:
         ids = torch.randint(0, config.get_text_config().vocab_size, (batch, sequence), generator=generator)
         inputs = {"input_ids": ids}
-        if "attention_mask" in inspect.signature(model.forward).parameters:
+        taken = inspect.signature(model.forward).parameters
+        kinds = getattr(config, "type_vocab_size", None) or 0  # GPT-2 has no table of them: there they are word ids
+        if "token_type_ids" in taken and kinds > 1:
+            inputs["token_type_ids"] = torch.randint(0, kinds, (batch, sequence), generator=generator)
+        if "attention_mask" in taken:
             mask = torch.ones_like(ids)
             for row in range(batch):
                 mask[row, sequence - min(row, sequence // 2) :] = 0

@@ -19,6 +19,7 @@ Examples:
 )
 @click.argument("bundle", metavar="BUNDLE", type=click.Path(path_type=Path))
 @click.option("--text", "texts", multiple=True, help="One row of text; repeat it for a batch.")
+@click.option("--text-pair", "pairs", multiple=True, help="The second text of a row, for models that read two.")
 @click.option("--input", "inputs", metavar="NAME=FILE.npy", multiple=True, help="An input of the model as an array.")
 @click.option(
     "--adapter",
@@ -32,6 +33,7 @@ Examples:
 def run(
     bundle: Path,
     texts: tuple[str, ...],
+    pairs: tuple[str, ...],
     inputs: tuple[str, ...],
     adapters: tuple[str, ...],
     device: str,
@@ -44,8 +46,10 @@ def run(
     """
     if bool(texts) == bool(inputs):
         raise click.UsageError("give either --text or --input")
+    if pairs and len(pairs) != len(texts):
+        raise click.UsageError("give one --text-pair for each --text")
     rows = [_parse_adapters(item) for item in adapters]
-    pairs = dict(_parse_input(item) for item in inputs)
+    files = dict(_parse_input(item) for item in inputs)
     from ..files import refuse_existing
     from ..runtime import MultiAdapterModel
     from ..runtime.request import encode_text, read_arrays, top_labels, write_arrays
@@ -53,7 +57,7 @@ def run(
     if output:
         refuse_existing(output)
     model = MultiAdapterModel(bundle, device=device)
-    feeds = encode_text(model.bundle, texts) if texts else read_arrays(pairs)
+    feeds = encode_text(model.bundle, texts, pairs or None) if texts else read_arrays(files)
     result = model.run(feeds, rows[0] if len(rows) == 1 else rows or None)
     if output:
         write_arrays(output, result)

@@ -144,7 +144,8 @@ class MultiAdapterModel:
 
         Args:
             inputs: the model's own inputs, e.g. `input_ids [batch, sequence]`, as arrays or nested lists. Integers may
-                be of any type that holds them, floats are rounded to the model's type.
+                be of any type that holds them, floats are rounded to the model's type. `token_type_ids` may be left
+                out and are then zero.
             adapters: one entry per batch row: a name, None for the base, or a mapping of names to scales whose effects
                 add up. A single name or mapping holds for every row; None runs the base.
 
@@ -238,6 +239,8 @@ def _check_inputs(specs: Sequence[TensorSpec], inputs: Mapping[str, Array]) -> t
     sizes: dict[str, tuple[int, str]] = {}
     feeds: dict[str, Array] = {}
     for spec in specs:
+        if spec.name not in inputs and spec.name in contract.OPTIONAL_INPUTS and "input_ids" in inputs:
+            inputs = {**inputs, spec.name: np.zeros(np.shape(inputs["input_ids"]), spec.dtype)}
         if spec.name not in inputs:
             raise ConfigError(f"input {spec.name!r} is missing; this model takes {', '.join(names)}")
         array = _cast(spec, inputs[spec.name])

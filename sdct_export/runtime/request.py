@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from ..adapter.entries import Array
+from ..adapter.folder import read_training
 from ..bundle.description import Bundle
 from ..errors import AdapterFormatError, ConfigError
 from ..files import new_file
@@ -28,15 +29,23 @@ class Label:
     name: str | None
 
 
-def encode_text(bundle: Bundle, texts: Sequence[str]) -> dict[str, Array]:
+def encode_text(bundle: Bundle, texts: Sequence[str], pairs: Sequence[str] | None = None) -> dict[str, Array]:
     """`texts` as the bundle's inputs, int64 `[len(texts), tokens]`, by its own `tokenizer.json`, padded and truncated.
 
+    Args:
+        bundle: what will run.
+        texts: one for each row.
+        pairs: the second text of each row, for models that read two.
+
     Raises:
-        ConfigError: the bundle has no tokenizer, takes other inputs than text, or a text has no token.
+        ConfigError: the bundle has no tokenizer, takes other inputs than text, a text has no token, or there are not
+            as many pairs as texts.
         AdapterFormatError: `tokenizer.json` is damaged.
     """
     from tokenizers import Tokenizer
 
+    if pairs is not None and len(pairs) != len(texts):
+        raise ConfigError(f"there are {len(texts)} texts but {len(pairs)} second texts; give one for each")
     file = bundle.path / "tokenizer.json"
     if not file.is_file():
         raise ConfigError(f"{bundle.path} has no tokenizer.json; pass arrays instead, e.g. --input input_ids=ids.npy")
@@ -58,7 +67,8 @@ def encode_text(bundle: Bundle, texts: Sequence[str]) -> dict[str, Array]:
         pad_id=(tokenizer.token_to_id(token) if isinstance(token, str) else None) or 0,
         pad_token=token if isinstance(token, str) else "",
     )
-    encoded = tokenizer.encode_batch(list(texts))
+    rows = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
+    encoded = tokenizer.encode_batch(rows)
     known = {
         "input_ids": [e.ids for e in encoded],
         "attention_mask": [e.attention_mask for e in encoded],
@@ -86,20 +96,23 @@ def top_labels(
     Args:
         bundle: what was run.
         outputs: what it returned.
-        rows: the adapters of each row. Names come from `id2label` in the bundle's `config.json`, where it has real
-            ones; rows whose adapter brings its own head get none, since those labels are the adapter's.
+        rows: the adapters of each row. A row whose adapter brings its own head has the names it was trained with,
+            where the bundle holds that adapter; other rows those of `id2label` in the bundle's `config.json`.
     """
     logits = outputs.get("logits")
     if bundle.task not in _CLASSIFIERS or logits is None or logits.ndim != 2:
         return None
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     probabilities = np.exp(shifted) / np.exp(shifted).sum(axis=1, keepdims=True)
-    names = _label_names(bundle, logits.shape[1])
+    merged = _trained_names(bundle, bundle.path) if bundle.kind == "merged" else {}
+    names = merged or _label_names(bundle, logits.shape[1])
     found = []
     for i, row in enumerate(probabilities):
         index = int(row.argmax())
-        own_head = rows is not None and any(_has_head(bundle, name) for name in rows[i])
-        found.append(Label(index, float(row[index]), None if own_head else names.get(index)))
+        heads = [name for name in (rows[i] if rows is not None else ()) if _has_head(bundle, name)]
+        own = [_trained_names(bundle, bundle.adapter_path(name), name) for name in heads]
+        known = names if not heads else own[0] if all(other == own[0] for other in own) else {}
+        found.append(Label(index, float(row[index]), known.get(index)))
     return found
 
 
@@ -126,6 +139,12 @@ def write_arrays(path: str | Path, arrays: Mapping[str, Array]) -> None:
 def _has_head(bundle: Bundle, adapter: str) -> bool:
     record = bundle.adapters.get(adapter)
     return record is None or record.labels is not None
+
+
+def _trained_names(bundle: Bundle, folder: Path, adapter: str | None = None) -> dict[int, str]:
+    """Names of the labels in the order in which an adapter of the bundle was trained, empty where it records none."""
+    record = read_training(folder) if adapter is None or adapter in bundle.adapters else None
+    return dict(enumerate((record.id2label if record is not None else None) or ()))
 
 
 def _label_names(bundle: Bundle, count: int) -> dict[int, str]:

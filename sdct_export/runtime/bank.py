@@ -4,24 +4,29 @@ Slot 0 is all zero and means "no adapter". Every other slot holds the rows of on
 starts small and doubles up to `max_slots`; then the least recently used adapter gives up its slot, waits in host
 memory and comes back when a request names it. A request holds a *lease* while it runs: the tensors it started with,
 and a pin on each slot it uses. Nothing ever writes to a pinned slot, growth makes new tensors and leaves the old ones
-to the requests that hold them, and the slot of an adapter that was removed is free again when the last request that
-uses it has finished. Requests that need slots which others hold wait in the order in which they came.
+to the requests that hold them, and the slot of an adapter that was removed or replaced is free again when the last
+request that uses it has finished. `turns` says which requests wait for slots and which may pass.
+
+No step looks at all adapters: what it costs grows with the names in a request, not with the adapters loaded. True at
+every moment are the entries by name, each entry's slot and rows, and which entries each running request holds; free
+slots, pins and idle entries follow from these and are rebuilt after a step that an exception cut off (`guarded`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import threading
+import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
 from ..adapter.entries import Array
 from ..bundle.packing import Layout
 from ..errors import ConfigError, UnknownAdapterError
+from .guarded import Guarded, Latch
+from .turns import Turns
 
 FIRST_SLOTS = 8
 
@@ -53,24 +58,64 @@ class AdapterInfo:
     slot: int | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Lease(Generic[T]):
-    """What one request runs with: the bank's tensors by graph input name, and the slot of each adapter it named."""
-
-    tensors: Mapping[str, T]
-    slots: Mapping[str, int]
-
-
 @dataclasses.dataclass(eq=False)
 class _Entry:
+    name: str
     rows: Mapping[str, Array]  # while resident they lie in the slot and this is empty
     n_parameters: int
     labels: int | None
-    slot: int | None = None
-    pins: int = 0
+    slot: int | None = None  # set only once the slot holds the rows
+    pins: int = 0  # how many running requests hold it
 
 
-class Bank(Generic[T]):
+@dataclasses.dataclass(frozen=True)
+class _Tensors(Generic[T]):
+    slots: int
+    by_name: Mapping[str, T]
+
+
+class Lease(Generic[T]):
+    """What one request runs with: the bank's tensors by graph input name, and the slot of each adapter it named.
+
+    It holds nothing until it is entered (`with lease:`), which waits while other requests occupy the slots it needs.
+    An exception can come between the end of a `with` block and the way out, so whoever expects any calls `release`
+    once more afterwards. A lease that nobody refers to any more has released itself.
+    """
+
+    def __init__(self, bank: Bank[T], names: tuple[str, ...]) -> None:
+        self.names = names
+        self.tensors: Mapping[str, T] = {}
+        self.slots: Mapping[str, int] = {}
+        self.key: _Key | None = None  # while it waits or holds
+        self._bank = bank
+
+    def __enter__(self) -> Lease[T]:
+        try:
+            self._bank.start(self)
+        except BaseException:
+            self.release()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the slots back, or the place in the queue; may be called again."""
+        if self.key is not None:
+            self._bank.stop(self.key)
+            self.key = None
+
+
+class _Key(weakref.ref[Lease[Any]]):
+    """Stands for a lease without keeping it alive; the same key, before and after, though the lease is gone."""
+
+    __slots__ = ()
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
+class Bank(Guarded, Generic[T]):
     """Adapters by name in a growing set of slots.
 
     Args:
@@ -85,25 +130,33 @@ class Bank(Generic[T]):
     def __init__(self, layout: Layout, memory: Memory[T], max_slots: int) -> None:
         if isinstance(max_slots, bool) or not isinstance(max_slots, int) or max_slots < 2:
             raise ConfigError(f"max_slots must be an integer of at least 2 (slot 0 is the base), got {max_slots!r}")
+        super().__init__()
         self._layout = layout
         self._memory = memory
         self._max_slots = max_slots
-        self._changed = threading.Condition()  # guards everything below
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
-        self._slots = min(FIRST_SLOTS, max_slots)
-        self._free = list(range(self._slots - 1, 0, -1))
-        self._queue: deque[object] = deque()  # requests that have no lease yet
-        self._tensors = self._allocate(self._slots)
+        self._entries: dict[str, _Entry] = {}
+        self._held: dict[_Key, tuple[_Entry, ...]] = {}  # by running requests
+        self._dropped: deque[_Key] = deque()  # leases that are gone and were not released
+        self._turns = Turns()
+        self._tensors = self._allocate(min(FIRST_SLOTS, max_slots))
+        self._free = list(range(self.slots - 1, 0, -1))
+        self._idle: OrderedDict[_Entry, None] = OrderedDict()  # resident, not pinned; least recently used first
 
     @property
     def slots(self) -> int:
         """Slots allocated now, slot 0 included."""
-        return self._slots
+        return self._tensors.slots
+
+    @property
+    def waiting(self) -> int:
+        """Requests that cannot start yet."""
+        return len(self._turns)
 
     def info(self) -> dict[str, AdapterInfo]:
         """A snapshot of the loaded adapters, by name in sorted order."""
-        with self._changed:
-            return {n: AdapterInfo(e.n_parameters, e.labels, e.slot) for n, e in sorted(self._entries.items())}
+        found = self.atomically(lambda: [(entry, entry.slot) for entry in self._entries.values()])
+        found.sort(key=lambda pair: pair[0].name)
+        return {e.name: AdapterInfo(e.n_parameters, e.labels, slot) for e, slot in found}
 
     def add(self, name: str, rows: Mapping[str, Array], n_parameters: int, labels: int | None) -> None:
         """Make an adapter available to requests that start from now on; on failure nothing has changed.
@@ -111,16 +164,17 @@ class Bank(Generic[T]):
         Raises:
             ConfigError: the name is taken, or there is no memory to grow the bank.
         """
-        with self._changed:
-            if name in self._entries:
-                raise ConfigError(
-                    f"an adapter named {name!r} is loaded already; unload it first or choose another name"
-                )
-            entry = _Entry(rows, n_parameters, labels)
-            if self._free or self._slots < self._max_slots:
-                self._place(entry)
-            self._entries[name] = entry
-            self._changed.notify_all()
+        self.atomically(self._add, _Entry(name, rows, n_parameters, labels))
+
+    def replace(self, name: str, rows: Mapping[str, Array], n_parameters: int, labels: int | None) -> None:
+        """Put an adapter in the place of one that is loaded: running requests finish with the old one, those that
+        start from now on use the new one. On failure the old one stays.
+
+        Raises:
+            UnknownAdapterError: no such adapter is loaded.
+            ConfigError: there is no memory to grow the bank.
+        """
+        self.atomically(self._replace, _Entry(name, rows, n_parameters, labels))
 
     def remove(self, name: str) -> None:
         """Forget an adapter: new requests do not find it, running ones finish with it.
@@ -128,107 +182,177 @@ class Bank(Generic[T]):
         Raises:
             UnknownAdapterError: no such adapter is loaded.
         """
-        with self._changed:
-            entry = self._find(name)
-            del self._entries[name]
-            if not entry.pins:
-                self._release(entry)
-            self._changed.notify_all()
+        self.atomically(self._remove, name)
 
-    @contextlib.contextmanager
-    def lease(self, names: Iterable[str]) -> Iterator[Lease[T]]:
-        """Hold `names` in their slots while the block runs; waits while other requests occupy the slots it needs.
+    def lease(self, names: Iterable[str]) -> Lease[T]:
+        """What a request with these adapters runs with, once entered.
+
+        Entering raises `UnknownAdapterError` where a name is not loaded (or was unloaded while waiting), and
+        `ConfigError` where there is no memory to grow the bank.
 
         Raises:
-            UnknownAdapterError: a name is not loaded (or was unloaded while waiting).
-            ConfigError: more adapters than `max_slots - 1`, or no memory to grow the bank.
+            ConfigError: more adapters than `max_slots - 1`.
         """
-        wanted = list(dict.fromkeys(names))
+        wanted = tuple(dict.fromkeys(names))
         if len(wanted) > self._max_slots - 1:
             raise ConfigError(
                 f"this batch needs {len(wanted)} adapters at once, the bank holds at most {self._max_slots - 1} "
                 f"(max_slots={self._max_slots}); raise max_slots or split the batch"
             )
-        with self._changed:
-            entries = self._wait_for_slots(wanted)
-            for name in entries:
-                self._entries.move_to_end(name)  # so that placing one never evicts another of them
-            for entry in entries.values():
-                if entry.slot is None:
-                    self._place(entry)
-            for entry in entries.values():
-                entry.pins += 1
-            lease = Lease(
-                self._tensors, {name: entry.slot for name, entry in entries.items() if entry.slot is not None}
+        return Lease(self, wanted)
+
+    def start(self, lease: Lease[T]) -> None:
+        """Fill in `lease` and hold its slots; `Lease` calls it."""
+        if not lease.names:
+            lease.tensors = self._tensors.by_name
+            return
+        lease.key = _Key(lease, self._dropped.append)
+        while (latch := self.atomically(self._try_to_start, lease, lease.key)) is not None:
+            latch.wait()
+
+    def stop(self, key: _Key) -> None:
+        """Give back what the lease of `key` holds, if anything; `Lease` calls it."""
+        self.atomically(self._stop, key)
+
+    # What follows runs as one step, under the lock.
+
+    def _add(self, entry: _Entry) -> None:
+        if entry.name in self._entries:
+            raise ConfigError(
+                f"an adapter named {entry.name!r} is loaded already; unload it first, replace it with reload_adapter, "
+                "or choose another name"
             )
-        try:
-            yield lease
-        finally:
-            with self._changed:
-                for name, entry in entries.items():
-                    entry.pins -= 1
-                    if not entry.pins and self._entries.get(name) is not entry:
-                        self._release(entry)
-                self._changed.notify_all()
+        self._changing = True
+        self._place_where_nothing_moves(entry)
+        self._entries[entry.name] = entry
+        self._settle(entry)
+
+    def _replace(self, entry: _Entry) -> None:
+        old = self._find(entry.name)
+        self._changing = True
+        self._place_where_nothing_moves(entry)
+        self._entries[entry.name] = entry
+        self._settle(old)
+        self._settle(entry)
+        self._turns.wake_first()
+
+    def _remove(self, name: str) -> None:
+        entry = self._find(name)
+        self._changing = True
+        del self._entries[name]
+        self._settle(entry)
+        self._turns.wake_all()
 
     def _find(self, name: str) -> _Entry:
         try:
             return self._entries[name]
-        except KeyError:
-            known = ", ".join(sorted(self._entries)) or "none"
-            raise UnknownAdapterError(f"no adapter named {name!r} is loaded; loaded: {known}") from None
+        except KeyError:  # other names are none of this request's business
+            count = len(self._entries)
+            raise UnknownAdapterError(
+                f"no adapter named {name!r} is loaded ({count} other{' is' if count == 1 else 's are'}); load it first"
+            ) from None
 
-    def _wait_for_slots(self, names: Iterable[str]) -> dict[str, _Entry]:
-        """The entries of `names`, once it is this request's turn and there is room for those that are not resident."""
-        ticket = object()
-        self._queue.append(ticket)
-        try:
-            while True:
-                entries = {name: self._find(name) for name in names}
-                if self._queue[0] is ticket and self._can_place(entries):
-                    return entries
-                self._changed.wait()
-        finally:
-            self._queue.remove(ticket)
-            self._changed.notify_all()
+    def _try_to_start(self, lease: Lease[T], key: _Key) -> Latch | None:
+        """Fill in `lease`, or return what to wait on before the next try."""
+        while self._dropped:
+            self._stop(self._dropped[0])
+            self._dropped.popleft()
+        entries = tuple(self._find(name) for name in lease.names)
+        missing = sum(entry.slot is None for entry in entries)
+        room = len(self._free) + self._max_slots - self.slots + len(self._idle)
+        room -= sum(entry in self._idle for entry in entries)
+        if not self._turns.may_start(key, misses=missing > 0, fits=missing <= room):
+            return self._turns.wait(key)
+        self._changing = True
+        self._held[key] = entries
+        for entry in entries:
+            entry.pins += 1
+            self._idle.pop(entry, None)
+        for entry in entries:
+            if entry.slot is None:
+                self._place(entry)
+        lease.tensors = self._tensors.by_name
+        lease.slots = {entry.name: entry.slot for entry in entries if entry.slot is not None}
+        self._turns.started(key)
+        return None
 
-    def _can_place(self, entries: Mapping[str, _Entry]) -> bool:
-        missing = sum(entry.slot is None for entry in entries.values())
-        idle = sum(e.slot is not None and not e.pins and n not in entries for n, e in self._entries.items())
-        return missing <= len(self._free) + self._max_slots - self._slots + idle
+    def _stop(self, key: _Key) -> None:
+        self._turns.leave(key)
+        if key in self._held:
+            self._changing = True
+            for entry in self._held.pop(key):
+                entry.pins -= 1
+                self._settle(entry)
+            self._turns.wake_first()
+
+    def _settle(self, entry: _Entry) -> None:
+        """Put an entry that nobody uses among the idle ones, or free its slot where its name is no longer its own."""
+        if entry.pins or entry.slot is None:
+            return
+        if self._entries.get(entry.name) is entry:
+            self._idle[entry] = None
+        else:
+            self._idle.pop(entry, None)
+            self._vacate(entry, entry.slot)
+
+    def _vacate(self, entry: _Entry, slot: int) -> None:
+        entry.slot = None
+        self._free.append(slot)
+
+    def _place_where_nothing_moves(self, entry: _Entry) -> None:
+        if self._free or self.slots < self._max_slots:
+            self._place(entry)
 
     def _place(self, entry: _Entry) -> None:
         """Give `entry` a slot: a free one, a new one, or that of the idle adapter least recently used."""
-        if not self._free and self._slots < self._max_slots:
-            self._grow()
         if not self._free:
-            oldest = next(e for e in self._entries.values() if e.slot is not None and not e.pins)
-            oldest.rows = {n: self._memory.read(t, oldest.slot or 0) for n, t in self._tensors.items()}
-            self._release(oldest)
+            if self.slots < self._max_slots:
+                self._grow()
+            else:
+                self._evict()
         slot = self._free[-1]
         for name, row in entry.rows.items():  # where this fails the slot stays free
-            self._memory.write(self._tensors[name], slot, row)
+            self._memory.write(self._tensors.by_name[name], slot, row)
         self._free.pop()
-        entry.slot, entry.rows = slot, {}
+        entry.slot = slot
+        entry.rows = {}
 
-    def _release(self, entry: _Entry) -> None:
-        if entry.slot is not None:
-            self._free.append(entry.slot)
-            entry.slot = None
+    def _evict(self) -> None:
+        oldest, _ = self._idle.popitem(last=False)
+        slot = oldest.slot
+        assert slot is not None, "idle adapters are resident"
+        oldest.rows = {name: self._memory.read(tensor, slot) for name, tensor in self._tensors.by_name.items()}
+        self._vacate(oldest, slot)
 
     def _grow(self) -> None:
-        slots = min(2 * self._slots, self._max_slots)
-        tensors = self._allocate(slots)
-        for name, tensor in tensors.items():
-            self._memory.copy(self._tensors[name], tensor)
-        self._free = list(range(slots - 1, self._slots - 1, -1))
-        self._tensors, self._slots = tensors, slots
+        slots = self.slots
+        tensors = self._allocate(min(2 * slots, self._max_slots))
+        for name, tensor in tensors.by_name.items():
+            self._memory.copy(self._tensors.by_name[name], tensor)
+        self._tensors = tensors
+        self._free = list(range(tensors.slots - 1, slots - 1, -1))
 
-    def _allocate(self, slots: int) -> dict[str, T]:
+    def _allocate(self, slots: int) -> _Tensors[T]:
         try:
-            return {n: self._memory.zeros((slots, *shape), dtype) for n, (dtype, shape) in self._layout.items()}
+            return _Tensors(
+                slots, {n: self._memory.zeros((slots, *shape), dtype) for n, (dtype, shape) in self._layout.items()}
+            )
         except MemoryError:
             size = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in self._layout.values())
             raise ConfigError(
                 f"no memory for an adapter bank of {slots} slots of {size / 2**20:.1f} MiB each; lower max_slots"
             ) from None
+
+    def _repair(self) -> None:
+        """Pins from the running requests, free slots and idle entries from the slots that entries have."""
+        entries = dict.fromkeys([*self._entries.values(), *(e for held in self._held.values() for e in held)])
+        for entry in entries:
+            entry.pins = 0
+        for held in self._held.values():
+            for entry in held:
+                entry.pins += 1
+        used = {entry.slot for entry in entries}
+        self._free = [slot for slot in range(self.slots - 1, 0, -1) if slot not in used]
+        in_order = dict.fromkeys([*self._idle, *entries])  # those that were idle, least recently used first
+        self._idle = OrderedDict((e, None) for e in in_order if e in entries and e.slot is not None and not e.pins)
+        self._turns.wake_all()

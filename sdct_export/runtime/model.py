@@ -163,15 +163,19 @@ class MultiAdapterModel:
                 raise ConfigError("this bundle is merged: its adapter is part of the weights; pass adapters=None")
             return self._backend.run(feeds, {})
         rows = _check_adapters(adapters, batch)
-        with self._bank.lease(name for row in rows for name in row) as lease:
-            width = max(1, *(len(row) for row in rows))
-            ids = np.zeros((batch, width), np.int32)
-            scales = np.zeros((batch, width), np.float32)
-            for i, row in enumerate(rows):
-                for j, (name, scale) in enumerate(row.items()):
-                    ids[i, j], scales[i, j] = lease.slots[name], scale
-            feeds |= {contract.ADAPTER_IDS: ids, contract.ADAPTER_SCALES: scales}
-            return self._backend.run(feeds, lease.tensors)
+        lease = self._bank.lease(name for row in rows for name in row)
+        try:
+            with lease:
+                width = max(1, *(len(row) for row in rows))
+                ids = np.zeros((batch, width), np.int32)
+                scales = np.zeros((batch, width), np.float32)
+                for i, row in enumerate(rows):
+                    for j, (name, scale) in enumerate(row.items()):
+                        ids[i, j], scales[i, j] = lease.slots[name], scale
+                feeds |= {contract.ADAPTER_IDS: ids, contract.ADAPTER_SCALES: scales}
+                return self._backend.run(feeds, lease.tensors)
+        finally:
+            lease.release()  # again: an exception may come before the way out of `with`
 
     def _require_bank(self) -> Bank[Any]:
         if self._bank is None:

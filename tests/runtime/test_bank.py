@@ -5,63 +5,18 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections import OrderedDict
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from interrupts import check_idle, steps
+from numpy_bank import LAYOUT, NumpyMemory, held, make, resident, rows
 
 from sdct_export.errors import ConfigError, UnknownAdapterError
+from sdct_export.runtime import bank as bank_module
+from sdct_export.runtime import guarded, turns
 from sdct_export.runtime.bank import FIRST_SLOTS, Bank
-
-LAYOUT = {"values": (np.dtype(np.float32), (3,)), "present": (np.dtype(np.float32), ())}
-
-
-class NumpyMemory:
-    """Bank memory that can be told to fail."""
-
-    def __init__(self) -> None:
-        self.fail_zeros = self.fail_write = False
-        self.writes: list[int] = []
-
-    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        if self.fail_zeros:
-            raise MemoryError
-        return np.zeros(shape, dtype)
-
-    def write(self, tensor: np.ndarray, slot: int, row: np.ndarray) -> None:
-        if self.fail_write:
-            raise RuntimeError("device lost")
-        self.writes.append(slot)
-        tensor[slot] = row
-
-    def read(self, tensor: np.ndarray, slot: int) -> np.ndarray:
-        return np.array(tensor[slot])
-
-    def copy(self, source: np.ndarray, target: np.ndarray) -> None:
-        target[: len(source)] = source
-
-
-def rows(value: float) -> dict[str, np.ndarray]:
-    return {"values": np.full(3, value, np.float32), "present": np.float32(value)}
-
-
-def make(max_slots: int, names: str = "") -> tuple[Bank, NumpyMemory]:
-    memory = NumpyMemory()
-    bank = Bank(LAYOUT, memory, max_slots)
-    for name in names:
-        bank.add(name, rows(ord(name)), 3, None)
-    return bank, memory
-
-
-def held(lease, name: str) -> float:
-    """The value in the slot of `name`, the same in every place of it."""
-    slot = lease.slots[name]
-    found = {*lease.tensors["values"][slot].tolist(), float(lease.tensors["present"][slot])}
-    assert len(found) == 1
-    return found.pop()
-
-
-def resident(bank: Bank) -> set[str]:
-    return {name for name, info in bank.info().items() if info.slot is not None}
 
 
 def test_slot_zero_stays_zero_and_slots_are_distinct() -> None:
@@ -214,7 +169,7 @@ def test_an_adapter_unloaded_while_a_request_waits_for_it_is_unknown() -> None:
         time.sleep(0.1)
         bank.remove("b")
         thread.join(10)
-    assert errors == ["no adapter named 'b' is loaded; loaded: a"]
+    assert errors == ["no adapter named 'b' is loaded (1 other is); load it first"]
 
 
 def test_removal_hides_the_name_at_once_and_frees_the_slot_when_the_last_request_ends() -> None:
@@ -222,7 +177,7 @@ def test_removal_hides_the_name_at_once_and_frees_the_slot_when_the_last_request
     with bank.lease("a") as first, bank.lease("a"):
         bank.remove("a")
         assert bank.info() == {}
-        with pytest.raises(UnknownAdapterError, match="'a' is loaded; loaded: none"), bank.lease("a"):
+        with pytest.raises(UnknownAdapterError, match=r"'a' is loaded \(0 others are\)"), bank.lease("a"):
             pass
         bank.add("a", rows(7), 3, None)  # the same name again, while the old one still runs
         assert bank.info()["a"].slot is None
@@ -233,7 +188,9 @@ def test_removal_hides_the_name_at_once_and_frees_the_slot_when_the_last_request
 
 def test_a_name_is_loaded_once() -> None:
     bank, _ = make(8, "a")
-    with pytest.raises(ConfigError, match="named 'a' is loaded already; unload it first or choose another name"):
+    with pytest.raises(
+        ConfigError, match="named 'a' is loaded already; unload it first, replace it with reload_adapter, or"
+    ):
         bank.add("a", rows(1), 3, None)
     with bank.lease("a") as lease:
         assert held(lease, "a") == ord("a")
@@ -283,7 +240,7 @@ def test_max_slots_must_leave_room_for_an_adapter(max_slots: object) -> None:
 
 @pytest.mark.parametrize("max_slots", [4, 9, 64])
 def test_threads_never_see_a_slot_change_under_them(max_slots: int) -> None:
-    """Some threads lease and look twice at their slots, others load and unload; versions of a name differ in value."""
+    """Some threads lease and look twice at their slots, others load, replace and unload; versions differ in value."""
     bank, _ = make(max_slots)
     names = [f"n{i}" for i in range(12)]
     valid: dict[str, set[float]] = {name: set() for name in names}
@@ -317,11 +274,11 @@ def test_threads_never_see_a_slot_change_under_them(max_slots: int) -> None:
         while time.monotonic() < stop:
             name = rng.choice(names)
             try:
-                if rng.random() < 0.6:
+                if rng.random() < 0.7:
                     with publish:
                         value = float(next(version))
                         valid[name].add(value)
-                    bank.add(name, rows(value), 3, None)
+                    rng.choice([bank.add, bank.replace])(name, rows(value), 3, None)
                 else:
                     bank.remove(name)
             except (ConfigError, UnknownAdapterError):
@@ -342,6 +299,94 @@ def test_threads_never_see_a_slot_change_under_them(max_slots: int) -> None:
     assert not any(thread.is_alive() for thread in threads), "a request waits for ever"
     assert problems == []
     assert checked[0] > 50
-    # every slot is accounted for once all is quiet
-    slots = [info.slot for info in bank.info().values() if info.slot is not None]
-    assert sorted(slots + bank._free) == list(range(1, bank.slots))
+    check_idle(bank)  # once all is quiet
+
+
+def test_an_unknown_name_is_told_without_the_names_of_others() -> None:
+    bank, _ = make(4, "abc")
+    for use in (
+        bank.remove,
+        lambda name: bank.replace(name, rows(1), 3, None),
+        lambda name: bank.lease(name).__enter__(),
+    ):
+        with pytest.raises(UnknownAdapterError) as caught:
+            use("x")
+        assert str(caught.value) == "no adapter named 'x' is loaded (3 others are); load it first"
+
+
+@pytest.mark.parametrize("names", ["a", "abcdefgh"])
+def test_replacing_serves_the_old_one_to_those_who_hold_it_and_the_new_one_to_others(names: str) -> None:
+    bank, _ = make(3, names)
+    with bank.lease("a") as first:
+        for value in (1, 2, 3):
+            bank.replace("a", rows(value), 4, 2)
+            with bank.lease("a") as then:
+                assert held(then, "a") == value
+            assert held(first, "a") == ord("a")
+    assert (bank.info()["a"].n_parameters, bank.info()["a"].labels) == (4, 2)
+    with bank.lease("a") as later:
+        assert held(later, "a") == 3
+    check_idle(bank)
+
+
+def test_a_replacement_that_fails_leaves_the_old_one() -> None:
+    bank, memory = make(64, "abcdefg")
+    memory.fail_zeros = True
+    with pytest.raises(ConfigError, match="no memory for an adapter bank of 16 slots"):
+        bank.replace("a", rows(1), 3, None)
+    memory.fail_zeros, memory.fail_write = False, True
+    with pytest.raises(RuntimeError, match="device lost"):
+        bank.replace("a", rows(1), 3, None)
+    memory.fail_write = False
+    with bank.lease("abcdefg") as lease:
+        assert all(held(lease, name) == ord(name) for name in "abcdefg")
+    check_idle(bank)
+
+
+class NeverScanned(dict):
+    """A dictionary that may be asked for a key, and may not be gone through."""
+
+    def __iter__(self) -> Iterator:
+        raise AssertionError("goes through all adapters")
+
+    keys = values = items = __iter__  # type: ignore[assignment]
+
+
+class CountedIdle(OrderedDict):
+    visits = 0
+
+    def __iter__(self) -> Iterator:
+        for key in super().__iter__():
+            self.visits += 1
+            yield key
+
+
+def work(count: int) -> dict[str, int]:
+    """Lines run for each kind of step on a full bank of `count` adapters, none of which goes through them all."""
+    bank, _ = make(16)
+    for i in range(count):
+        bank.add(f"n{i}", rows(i), 3, None)
+    bank._entries = NeverScanned(bank._entries)
+    idle = bank._idle = CountedIdle(bank._idle)
+
+    def use(*names: str) -> None:
+        with bank.lease(names) as lease:
+            assert [held(lease, name) for name in names] == [float(name[1:]) for name in names]
+
+    kinds = {
+        "base": use,
+        "hit": lambda: use("n3"),
+        "hits": lambda: use(*(f"n{i}" for i in range(1, 15))),
+        "miss": lambda: use("n16"),
+        "misses": lambda: use(*(f"n{i}" for i in range(17, 32))),
+        "add": lambda: bank.add("new", rows(1), 3, None),
+        "replace": lambda: bank.replace("n20", rows(20), 3, None),
+        "remove": lambda: bank.remove("n21"),
+    }
+    lines = {k: steps(step, (bank_module, guarded, turns), opcodes=False) for k, step in kinds.items()}
+    assert idle.visits == 0
+    return lines
+
+
+def test_no_step_looks_at_all_adapters() -> None:
+    assert work(40) == work(4000)

@@ -116,7 +116,7 @@ def test_load_from_folder_or_memory_and_unload(model: MultiAdapterModel, tmp_pat
     assert_close(got, reference(inputs, [{"extra1": 1}, {"extra2": 1}], ALL))
     model.unload_adapter("extra1")
     with pytest.raises(
-        UnknownAdapterError, match="no adapter named 'extra1' is loaded; loaded: extra2, legal, medical"
+        UnknownAdapterError, match=r"no adapter named 'extra1' is loaded \(4 others are\); load it first"
     ):
         model.run(inputs, ["extra1", None])
     with pytest.raises(UnknownAdapterError, match="'extra1'"):
@@ -173,7 +173,7 @@ def test_more_adapters_than_slots_take_turns(folder: Path) -> None:
         (
             ["legal", "nobody"],
             UnknownAdapterError,
-            "no adapter named 'nobody' is loaded; loaded: legal, medical, plain",
+            r"no adapter named 'nobody' is loaded \(3 others are\); load it first",
         ),
         ([{"legal": 0.5, "nobody": 0.5}, None], UnknownAdapterError, "no adapter named 'nobody'"),
         ("nobody", UnknownAdapterError, "'nobody'"),

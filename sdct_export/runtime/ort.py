@@ -114,6 +114,8 @@ class OrtBackend:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
+            if not _is_own(error):  # a signal handler's, say
+                raise
             raise SdctError(
                 f"ONNX Runtime could not run the model on these inputs ({_first_line(error)}); "
                 "check token ids and lengths against the base model's limits"
@@ -163,6 +165,12 @@ def _copy_slot(tensor: OrtTensor, slot: int) -> None:
         raise SdctError(
             f"copying an adapter to the CUDA device failed ({status.name}); check the device with nvidia-smi"
         )
+
+
+def _is_own(error: Exception) -> bool:
+    """Whether ONNX Runtime raised it, which reports a failed run as one of its classes or as this `RuntimeError`."""
+    named = type(error) is RuntimeError and str(error).startswith("Error in execution: ")
+    return named or type(error).__module__.startswith("onnxruntime.")
 
 
 def _first_line(error: Exception) -> str:

@@ -56,7 +56,7 @@ def run(
 
     if output:
         refuse_existing(output)
-    model = MultiAdapterModel(bundle, device=device)
+    model = MultiAdapterModel(bundle, device=device, max_batch=None)  # this process ends after one batch
     feeds = encode_text(model.bundle, texts, pairs or None) if texts else read_arrays(files)
     result = model.run(feeds, rows[0] if len(rows) == 1 else rows or None)
     if output:

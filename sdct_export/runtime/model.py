@@ -1,10 +1,16 @@
-"""`MultiAdapterModel`: an exported bundle, ready to run, with adapters chosen per batch row."""
+"""`MultiAdapterModel`: an exported bundle, ready to run, with adapters chosen per batch row.
+
+A model is refused in a child that was forked after it was loaded: the threads of ONNX Runtime and the CUDA context
+stay behind in the parent, so a run could wait for ever, and freeing a session there crashes the process.
+"""
 
 from __future__ import annotations
 
 import functools
 import numbers
+import os
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +23,7 @@ from ..adapter.adapter import SdctAdapter
 from ..adapter.entries import Array
 from ..bundle.description import Bundle, TensorSpec
 from ..bundle.packing import bank_layout, label_count, pack
-from ..errors import AdapterFormatError, ConfigError, UnsupportedError
+from ..errors import AdapterFormatError, ConfigError, SdctError, UnsupportedError
 from ..files import check_adapter_name
 from .bank import AdapterInfo, Bank, Memory
 from .ort import OrtBackend
@@ -25,6 +31,9 @@ from .ort import OrtBackend
 Selection = str | None | Mapping[str, float]  # the adapters of one batch row
 
 DEFAULT_MAX_SLOTS = 256
+# A runtime keeps the memory of its largest batch: 60,000 rows left 1.4 GB behind. No machine gains from batches this
+# large any more, and test sets of common size still pass in one call.
+DEFAULT_MAX_BATCH = 1024
 _MAX_SCALE = float(np.finfo(np.float32).max)
 
 T = TypeVar("T")
@@ -42,7 +51,10 @@ class Backend(Memory[T], Protocol):
 
 
 class MultiAdapterModel:
-    """A bundle on a backend. Every method may be called from any thread.
+    """A bundle on a backend. Every method may be called from any thread, but not from signal handlers.
+
+    `with MultiAdapterModel(…) as model:` closes it at the end. An exception at any point of a call (Ctrl-C, say)
+    leaves the model as it was before or after the call. After a fork it must be loaded again in the child.
 
     Args:
         bundle: folder of an exported bundle, or the `Bundle` read from it. Its own adapters are checked against their
@@ -51,6 +63,7 @@ class MultiAdapterModel:
         device: `cpu`, `cuda` or `cuda:N`; default `cpu`, for TensorRT `cuda`.
         max_slots: most slots of the adapter bank, the base's slot 0 included. More adapters can be loaded; the least
             recently used ones give up their slots.
+        max_batch: most rows of one request, None for no limit. A backend keeps the memory of the largest batch it ran.
         threads: threads within an operator, None for the backend's choice; ONNX Runtime only.
         engine: the engine file, default `model.engine` in the bundle; TensorRT only.
 
@@ -66,21 +79,25 @@ class MultiAdapterModel:
         device: str | None = None,
         *,
         max_slots: int = DEFAULT_MAX_SLOTS,
+        max_batch: int | None = DEFAULT_MAX_BATCH,
         threads: int | None = None,
         engine: str | Path | None = None,
     ) -> None:
         if backend not in ("onnxruntime", "tensorrt"):
             raise ConfigError(f"backend must be 'onnxruntime' or 'tensorrt', got {backend!r}")
+        if max_batch is not None and (isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1):
+            raise ConfigError(f"max_batch must be a positive integer or None, got {max_batch!r}")
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+        self._max_batch = max_batch
         layout = bank_layout(self.bundle)
-        self._backend: Backend[Any]
+        loaded: Backend[Any]
         if backend == "tensorrt":
             if threads is not None:
                 raise ConfigError("threads is for backend='onnxruntime'; leave it out for TensorRT")
             from .trt import TrtBackend
 
             trt = TrtBackend(self.bundle, device or "cuda", engine)
-            self._backend = trt
+            loaded = trt
             if isinstance(max_slots, int):
                 max_slots = min(max_slots, trt.max_slots)  # the engine's own limit
         else:
@@ -91,26 +108,43 @@ class MultiAdapterModel:
                     f"{self.bundle.path}: ONNX Runtime cannot run a {self.bundle.dtype} bundle; "
                     "export it in float32 or float16"
                 )
-            self._backend = OrtBackend(self.bundle.model_path, device or "cpu", threads)
-        self._check_graph([*layout])
-        self._bank: Bank[Any] | None = None
+            loaded = OrtBackend(self.bundle.model_path, device or "cpu", threads)
+        self._check_graph(loaded, [*layout])
+        self._gone = ""  # why the model cannot be used any more
+        self._parts: tuple[Backend[Any], Bank[Any] | None] | None = (loaded, None)
         if self.bundle.kind == "multi":
-            if self.bundle.groups and not self._backend.native:
+            if self.bundle.groups and not loaded.native:
                 _warn_of_the_portable_body(device or "cpu")
-            self._bank = Bank(layout, self._backend, max_slots)
+            self._parts = (loaded, Bank(layout, loaded, max_slots))
             for name in self.bundle.adapters:
                 self.bundle.check_adapter(name)
                 self.load_adapter(name, self.bundle.adapter_path(name))
+        _models.add(self)
+
+    def __enter__(self) -> MultiAdapterModel:
+        self._open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the session and the bank, once the requests that run now have finished; does not wait for them.
+
+        Later calls raise `SdctError`; closing again does nothing.
+        """
+        self._give_up(f"the model of {self.bundle.path} is closed; load the bundle again to use it")
 
     @property
     def native(self) -> bool:
         """Whether adapters run through the native operator (or TensorRT's plugin), not the slower portable body."""
-        return self._backend.native
+        return self._open()[0].native
 
     @property
     def adapters(self) -> Mapping[str, AdapterInfo]:
         """The loaded adapters by name: number of parameters, labels, and the slot each lies in now (a snapshot)."""
-        return MappingProxyType(self._bank.info() if self._bank else {})
+        bank = self._open()[1]
+        return MappingProxyType(bank.info() if bank else {})
 
     def load_adapter(self, name: str, adapter: SdctAdapter | str | Path) -> None:
         """Make an adapter available as `name`, while other threads run. On failure nothing has changed.
@@ -122,10 +156,21 @@ class MultiAdapterModel:
         """
         bank = self._require_bank()
         check_adapter_name(name)
-        if not isinstance(adapter, SdctAdapter):
-            adapter = SdctAdapter.load(adapter)
-        rows = pack(self.bundle, adapter, label=f"adapter {name!r}")
-        bank.add(name, rows, adapter.n_parameters, label_count(self.bundle, adapter))
+        bank.add(name, *self._pack(name, adapter))
+
+    def reload_adapter(self, name: str, adapter: SdctAdapter | str | Path) -> None:
+        """Put another adapter in the place of `name`, while other threads run: none of their requests is refused.
+
+        Requests that hold the old adapter finish with it; those that start once this returns, and those that still
+        wait for a slot, use the new one. No request mixes the two. On failure the old one stays.
+
+        Raises:
+            UnknownAdapterError: no such adapter is loaded.
+            ConfigError: the model is merged, or there is no memory to grow the bank.
+            AdapterFormatError: the adapter folder is damaged.
+            BaseMismatchError: the adapter does not fit this bundle.
+        """
+        self._require_bank().replace(name, *self._pack(name, adapter))
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter: new requests do not find it, running ones finish with it.
@@ -156,43 +201,80 @@ class MultiAdapterModel:
         Raises:
             UnknownAdapterError: a name is not loaded.
             ConfigError: inputs or adapters are missing, unknown, or of the wrong number, shape or type.
+            SdctError: the backend failed, or the model is closed. UnsupportedError: this is a fork of its process.
         """
+        backend, bank = self._open()
         feeds, batch = _check_inputs(self.bundle.inputs, inputs)
-        if self._bank is None:
+        if self._max_batch is not None and batch > self._max_batch:
+            raise ConfigError(
+                f"the batch has {batch} rows, this model takes at most {self._max_batch}; "
+                "split it, or load the model with a larger max_batch"
+            )
+        if bank is None:
             if adapters is not None:
                 raise ConfigError("this bundle is merged: its adapter is part of the weights; pass adapters=None")
-            return self._backend.run(feeds, {})
+            return backend.run(feeds, {})
         rows = _check_adapters(adapters, batch)
-        lease = self._bank.lease(name for row in rows for name in row)
+        lease = bank.lease(name for row in rows for name in row)
         try:
             with lease:
-                width = max(1, *(len(row) for row in rows))
-                ids = np.zeros((batch, width), np.int32)
-                scales = np.zeros((batch, width), np.float32)
-                for i, row in enumerate(rows):
-                    for j, (name, scale) in enumerate(row.items()):
-                        ids[i, j], scales[i, j] = lease.slots[name], scale
-                feeds |= {contract.ADAPTER_IDS: ids, contract.ADAPTER_SCALES: scales}
-                return self._backend.run(feeds, lease.tensors)
+                return backend.run(feeds | _selection(rows, lease.slots), lease.tensors)
         finally:
             lease.release()  # again: an exception may come before the way out of `with`
 
     def _require_bank(self) -> Bank[Any]:
-        if self._bank is None:
+        bank = self._open()[1]
+        if bank is None:
             raise ConfigError("this bundle is merged: it has no adapter bank; export without --merge to load adapters")
-        return self._bank
+        return bank
 
-    def _check_graph(self, bank: list[str]) -> None:
+    def _open(self) -> tuple[Backend[Any], Bank[Any] | None]:
+        """Backend and bank, which a call keeps until it has finished, or the reason why there are none any more."""
+        parts = self._parts
+        if parts is None:
+            raise UnsupportedError(self._gone) if self._gone == _FORKED else SdctError(self._gone)
+        return parts
+
+    def _give_up(self, reason: str) -> None:
+        self._gone = self._gone or reason
+        self._parts = None
+
+    def _pack(self, name: str, adapter: SdctAdapter | str | Path) -> tuple[Mapping[str, Array], int, int | None]:
+        """What the bank keeps of an adapter: its rows, and its numbers of parameters and labels."""
+        if not isinstance(adapter, SdctAdapter):
+            adapter = SdctAdapter.load(adapter)
+        rows = pack(self.bundle, adapter, label=f"adapter {name!r}")
+        return rows, adapter.n_parameters, label_count(self.bundle, adapter)
+
+    def _check_graph(self, backend: Backend[Any], bank: list[str]) -> None:
         expected = {spec.name for spec in self.bundle.inputs} | set(bank)
         if self.bundle.kind == "multi":
             expected |= {contract.ADAPTER_IDS, contract.ADAPTER_SCALES}
-        differ = sorted(expected ^ set(self._backend.inputs))
-        differ += sorted({spec.name for spec in self.bundle.outputs} ^ set(self._backend.outputs))
+        differ = sorted(expected ^ set(backend.inputs))
+        differ += sorted({spec.name for spec in self.bundle.outputs} ^ set(backend.outputs))
         if differ:
             raise AdapterFormatError(
                 f"{self.bundle.path}: the model and its description disagree about {differ[0]!r}; "
                 "export the bundle again"
             )
+
+
+_FORKED = (
+    "this process was forked after the model was loaded, and neither ONNX Runtime's threads nor a CUDA context "
+    "survive that; load the model in the child, or start workers with multiprocessing's 'spawn'"
+)
+_models: weakref.WeakSet[MultiAdapterModel] = weakref.WeakSet()
+_inherited: list[object] = []  # what a forked child must not free
+
+
+def _refuse_in_child() -> None:
+    for model in list(_models):
+        _inherited.append(model._parts)
+        model._give_up(_FORKED)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_refuse_in_child)
 
 
 @functools.cache  # once a process and device
@@ -230,7 +312,17 @@ def _row(entry: Selection, where: str) -> dict[str, float]:
             raise ConfigError(f"{where}: the scale of {name!r} must be a finite number, got {scale!r}")
         if scale != 0:
             row[name] = float(scale)
-    return row
+    return dict(sorted(row.items()))  # sums round by their order, which is not for the caller to choose
+
+
+def _selection(rows: Sequence[Mapping[str, float]], slots: Mapping[str, int]) -> dict[str, Array]:
+    """`adapter_ids` and `adapter_scales`, `[batch, k]` with `k` the most adapters of a row."""
+    ids = np.zeros((len(rows), max(1, *map(len, rows))), np.int32)
+    scales = np.zeros(ids.shape, np.float32)
+    for i, row in enumerate(rows):
+        for j, (name, scale) in enumerate(row.items()):
+            ids[i, j], scales[i, j] = slots[name], scale
+    return {contract.ADAPTER_IDS: ids, contract.ADAPTER_SCALES: scales}
 
 
 def _check_inputs(specs: Sequence[TensorSpec], inputs: Mapping[str, Array]) -> tuple[dict[str, Array], int]:

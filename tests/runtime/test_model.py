@@ -125,6 +125,79 @@ def test_load_from_folder_or_memory_and_unload(model: MultiAdapterModel, tmp_pat
     assert_close(model.run(inputs, "extra1"), reference(inputs, [{"extra3": 1}] * 2, ALL))
 
 
+def test_the_order_of_names_in_a_blend_changes_no_bit(model: MultiAdapterModel) -> None:
+    names = [*SHIPPED, "extra1", "extra2", "extra3"]
+    for name in names[3:]:
+        model.load_adapter(name, ALL[name])
+    inputs = make_inputs(3, 2)
+    blend = {name: 0.1 + i / 7 for i, name in enumerate(names)}
+    want = model.run(inputs, blend)
+    for seed in range(20):
+        shuffled = dict(random.Random(seed).sample(sorted(blend.items()), len(blend)))
+        got = model.run(inputs, [shuffled, blend])
+        for name in got:
+            np.testing.assert_array_equal(got[name], want[name])
+
+
+def test_reload_replaces_an_adapter(model: MultiAdapterModel, tmp_path: Path) -> None:
+    inputs = make_inputs(1, 2)
+    before = model.run(inputs, "legal")
+    ALL["extra1"].save(tmp_path / "extra1")
+    for adapter, name in [(tmp_path / "extra1", "extra1"), (ALL["extra2"], "extra2")]:
+        model.reload_adapter("legal", adapter)
+        assert_close(model.run(inputs, "legal"), reference(inputs, [{name: 1}] * 2, ALL))
+        info = model.adapters["legal"]
+        assert (info.n_parameters, info.labels) == (ALL[name].n_parameters, [None, 3][name == "extra1"])
+    foreign = dataclasses.replace(make_adapter(5), base_hash="sha256:" + "0" * 64)
+    known = model.adapters
+    for name, adapter, error, message in [
+        ("nobody", ALL["extra1"], UnknownAdapterError, r"no adapter named 'nobody' is loaded \(3 others are\)"),
+        ("legal", foreign, BaseMismatchError, "adapter 'legal' was trained on other base weights"),
+        ("legal", tmp_path, AdapterFormatError, "adapter_config.json is missing"),
+    ]:
+        with pytest.raises(error, match=message):
+            model.reload_adapter(name, adapter)
+    assert model.adapters == known
+    assert_close(model.run(inputs, "legal"), reference(inputs, [{"extra2": 1}] * 2, ALL))
+    model.reload_adapter("legal", SHIPPED["legal"])
+    np.testing.assert_array_equal(model.run(inputs, "legal")["logits"], before["logits"])
+
+
+@pytest.mark.parametrize("max_slots", [3, 64])
+def test_no_request_is_refused_while_its_adapter_is_replaced(folder: Path, max_slots: int) -> None:
+    """Each sees the old or the new adapter, whole; one that starts after the replacement sees the new one."""
+    model = MultiAdapterModel(folder, max_slots=max_slots, threads=1)
+    inputs = make_inputs(1, 2)
+    versions = [ALL["extra1"], ALL["extra3"]]
+    answers = []
+    for adapter in versions:
+        model.reload_adapter("legal", adapter)
+        answers.append(model.run(inputs, "legal")["logits"])
+    assert not np.array_equal(*answers)
+    problems: list[str] = []
+    stop = threading.Event()
+
+    def use(other: str) -> None:
+        try:
+            while not stop.is_set():
+                got = model.run(inputs, ["legal", other])["logits"][0]
+                if not any(np.array_equal(got, answer[0]) for answer in answers):
+                    problems.append("neither the old nor the new")
+        except BaseException as error:
+            problems.append(repr(error))
+
+    threads = [threading.Thread(target=use, args=(other,)) for other in ("medical", "plain", "medical")]
+    for thread in threads:
+        thread.start()
+    for i in range(100):
+        model.reload_adapter("legal", versions[i % 2])
+        np.testing.assert_array_equal(model.run(inputs, "legal")["logits"], answers[i % 2])
+    stop.set()
+    for thread in threads:
+        thread.join(30)
+    assert problems == []
+
+
 def test_a_failed_load_changes_nothing(model: MultiAdapterModel, tmp_path: Path) -> None:
     inputs = make_inputs(1, 3)
     selection = ["legal", "medical", None]

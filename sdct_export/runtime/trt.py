@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import threading
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from ..bundle.description import Bundle, file_sha256
 from ..engine.build import ENGINE_FILE, PLUGIN, PLUGIN_EMBEDDED, PLUGIN_LIBRARY, EngineManifest, Log, load_plugin
 from ..errors import AdapterFormatError, ConfigError, SdctError, UnsupportedError
 from ..native import find_plugin
+from .guarded import Guarded, Latch
 
 MAX_CONTEXTS = 8  # each holds the engine's activations once
 
@@ -101,14 +102,69 @@ class DeviceTensor:
 class _Context:
     """An execution context, its stream and buffers, for the shapes it last ran with."""
 
-    execution: Any
-    stream: Any
+    execution: Any = None
+    stream: Any = None
     key: Key | None = None
     buffers: dict[str, DeviceTensor] = dataclasses.field(default_factory=dict)
     outputs: dict[str, DeviceTensor] = dataclasses.field(default_factory=dict)
     held: tuple[DeviceTensor, ...] = ()  # bank tensors whose addresses a captured graph has
     graph: Any = None
     capturable: bool = True
+    capturing: bool = False  # from before the stream does until after
+    user: weakref.ref[_User] | None = None  # the request that has it
+    used: int = 0  # larger than that of contexts not used since
+
+
+class _User:
+    """A request that may have a context."""
+
+
+class _Pool(Guarded):
+    """At most `limit` contexts, each used by one request at a time; that of a request that is gone is idle.
+
+    One attribute of a context says whether it is idle, so an exception leaves nothing to repair.
+    """
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self._limit = limit
+        self._contexts: list[_Context] = []
+        self._waiting: list[Latch] = []
+        self._uses = 0
+
+    def take(self, key: Key, user: _User) -> _Context:
+        """An idle context, one prepared for `key` first, or a new, empty one; waits where all are in use."""
+        while isinstance(found := self.atomically(self._find, key, user), Latch):
+            found.wait()
+        return found
+
+    def give_back(self, user: _User) -> None:
+        """What `user` has is idle again; may be called again, and where it has nothing."""
+        self.atomically(self._give_back, user)
+
+    def _find(self, key: Key, user: _User) -> _Context | Latch:
+        idle = [c for c in self._contexts if c.user is None or c.user() is None]
+        found = [c for c in idle if c.key == key]
+        if not found and len(self._contexts) < self._limit:
+            found = [_Context()]
+            self._contexts += found
+        if not found and not idle:
+            latch = Latch()
+            self._waiting.append(latch)
+            return latch
+        context = found[0] if found else min(idle, key=lambda c: c.used)
+        context.user = weakref.ref(user)
+        return context
+
+    def _give_back(self, user: _User) -> None:
+        for context in self._contexts:
+            if context.user is not None and context.user() is user:
+                self._uses += 1
+                context.used = self._uses
+                context.user = None
+        while self._waiting:
+            self._waiting[-1].wake()
+            self._waiting.pop()
 
 
 class TrtBackend:
@@ -160,11 +216,8 @@ class TrtBackend:
         self._dtypes = {n: self._dtype(n) for n in names}
         self._copies = self._cuda("StreamCreateWithFlags", self._cuda.api.cudaStreamNonBlocking)
         self._copied = self._cuda("EventCreateWithFlags", self._cuda.api.cudaEventDisableTiming)
-        self._changed = threading.Condition()  # guards the pool
-        self._creating = threading.Lock()
-        self._idle: list[_Context] = []  # least recently used first
-        self._made = 0
-        self._limit = MAX_CONTEXTS if manifest.concurrent else 1
+        self._creating = Guarded()  # contexts are created one at a time
+        self._pool = _Pool(MAX_CONTEXTS if manifest.concurrent else 1)
 
     @property
     def max_slots(self) -> int:
@@ -216,18 +269,14 @@ class TrtBackend:
             *((n, t.shape, t.pointer) for n, t in used.items()),
         )
         self._cuda.use()
-        context = self._acquire(key)
+        user = _User()
         try:
-            return self._run(context, key, feeds, used)
-        except BaseException as error:
-            self._reset(context)  # whatever state it is in, the next request starts afresh
-            if isinstance(error, MemoryError):
-                raise SdctError(
-                    f"no device memory for a request of this size ({error}); use smaller batches"
-                ) from error
-            raise
-        finally:
-            self._release(context)
+            try:
+                return self._run(user, key, feeds, used)
+            finally:
+                self._pool.give_back(user)
+        finally:  # again: an exception may have cut the first off
+            self._pool.give_back(user)
 
     def _load(self, trt: Any, path: Path) -> Any:
         if self._manifest.plugin == PLUGIN_LIBRARY:
@@ -265,9 +314,25 @@ class TrtBackend:
                 )
 
     def _run(
+        self, user: _User, key: Key, feeds: Mapping[str, Array], bank: Mapping[str, DeviceTensor]
+    ) -> dict[str, Array]:
+        context = self._pool.take(key, user)
+        try:
+            return self._run_in(context, key, feeds, bank)
+        except BaseException as error:
+            self._reset(context)  # whatever state it is in, the next request starts afresh
+            if isinstance(error, MemoryError):
+                raise SdctError(
+                    f"no device memory for a request of this size ({error}); use smaller batches"
+                ) from error
+            raise
+
+    def _run_in(
         self, context: _Context, key: Key, feeds: Mapping[str, Array], bank: Mapping[str, DeviceTensor]
     ) -> dict[str, Array]:
         cuda = self._cuda
+        if context.stream is None:
+            self._fill(context)
         first = context.key != key
         if first:
             self._prepare(context, key, feeds, bank)
@@ -306,9 +371,11 @@ class TrtBackend:
     def _capture(self, context: _Context) -> bool:
         """Capture one run into a CUDA graph; False where this engine cannot be captured."""
         cuda = self._cuda
+        context.capturing = True
         cuda("StreamBeginCapture", context.stream, cuda.api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
         done = context.execution.execute_async_v3(int(context.stream))
         status, graph = cuda.api.cudaStreamEndCapture(context.stream)
+        context.capturing = False
         if not done or status != cuda.api.cudaError_t.cudaSuccess:
             cuda.api.cudaGetLastError()
             context.capturable = False
@@ -321,39 +388,22 @@ class TrtBackend:
         if not context.execution.execute_async_v3(int(context.stream)):
             raise SdctError(f"TensorRT could not run the engine: {self._log.reason()}")
 
-    def _acquire(self, key: Key) -> _Context:
-        """An idle context, one prepared for `key` first; waits where all are in use."""
-        with self._changed:
-            while True:
-                same = next((c for c in reversed(self._idle) if c.key == key), None)
-                if same is not None:
-                    self._idle.remove(same)
-                    return same
-                if self._made < self._limit:
-                    break
-                if self._idle:
-                    return self._idle.pop(0)
-                self._changed.wait()
-            self._made += 1
-        try:
-            with self._creating:
-                execution = self._engine.create_execution_context()
-            if execution is None:
-                raise SdctError(f"TensorRT could not create an execution context: {self._log.reason()}")
-            return _Context(execution, self._cuda("StreamCreateWithFlags", self._cuda.api.cudaStreamNonBlocking))
-        except BaseException:
-            with self._changed:
-                self._made -= 1
-                self._changed.notify()
-            raise
-
-    def _release(self, context: _Context) -> None:
-        with self._changed:
-            self._idle.append(context)
-            self._changed.notify()
+    def _fill(self, context: _Context) -> None:
+        execution = self._creating.atomically(self._engine.create_execution_context)
+        if execution is None:
+            raise SdctError(f"TensorRT could not create an execution context: {self._log.reason()}")
+        context.execution = execution
+        context.stream = self._cuda("StreamCreateWithFlags", self._cuda.api.cudaStreamNonBlocking)
 
     def _reset(self, context: _Context) -> None:
-        self._cuda.api.cudaStreamSynchronize(context.stream)
-        if context.graph is not None:
-            self._cuda.api.cudaGraphExecDestroy(context.graph)
-        context.key, context.graph, context.buffers, context.outputs, context.held = None, None, {}, {}, ()
+        context.key = None  # first, so that whatever is cut off below, the next request comes here again
+        if context.capturing:  # a stream left like that would run nothing any more
+            self._cuda.api.cudaStreamEndCapture(context.stream)
+            self._cuda.api.cudaGetLastError()  # it may not have begun, or have ended
+            context.capturing = False
+        if context.stream is not None:
+            self._cuda.api.cudaStreamSynchronize(context.stream)
+        graph, context.graph = context.graph, None
+        if graph is not None:
+            self._cuda.api.cudaGraphExecDestroy(graph)
+        context.buffers, context.outputs, context.held = {}, {}, ()

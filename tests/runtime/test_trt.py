@@ -10,33 +10,23 @@ from typing import Any
 import fake_tensorrt
 import numpy as np
 import pytest
+from fake_tensorrt import write_engine
+from interrupts import in_time
 from tiny_bundle import make_adapter, make_inputs, reference, write_bundle
 
-from sdct_export.bundle.description import Bundle, file_sha256
+from sdct_export.bundle.description import file_sha256
 from sdct_export.engine.build import (
     ENGINE_FILE,
-    PLUGIN_EMBEDDED,
     PLUGIN_LIBRARY,
     EngineManifest,
     Profile,
-    profile_shapes,
 )
 from sdct_export.errors import AdapterFormatError, ConfigError, SdctError, UnsupportedError
 from sdct_export.runtime import MultiAdapterModel
+from sdct_export.runtime.trt import _User
 
 ADAPTERS = {"a": make_adapter(1, labels=3), "b": make_adapter(2), "c": make_adapter(3, labels=2)}
 ROWS = [{"a": 1.0}, {}, {"a": 0.5, "b": -2.0}]
-
-
-def write_engine(path: Path, trt: Any, *, profile: Profile | None = None, **changes: Any) -> Bundle:
-    """A fake engine and its manifest in the bundle at `path`."""
-    bundle = Bundle.load(path)
-    engine = path / ENGINE_FILE
-    engine.write_bytes(fake_tensorrt.ENGINE + str(bundle.model_path).encode())
-    shapes = profile_shapes(bundle, profile or Profile())
-    manifest = EngineManifest(bundle.model_sha256, file_sha256(engine), trt.__version__, PLUGIN_EMBEDDED, True, shapes)
-    dataclasses.replace(manifest, **changes).write(engine)
-    return bundle
 
 
 @pytest.fixture
@@ -131,6 +121,21 @@ def test_many_shapes_and_threads_share_a_bounded_pool(path: Path, trt: Any) -> N
         thread.join()
     assert not errors
     assert 1 <= trt.engine.contexts <= 8
+
+
+def test_a_context_given_back_twice_is_not_taken_from_the_request_that_has_it_now(path: Path, trt: Any) -> None:
+    write_engine(path, trt, concurrent=False)
+    model = MultiAdapterModel(path, backend="tensorrt")
+    model.run(make_inputs(1, 1), "a")
+    pool = model._open()[0]._pool
+    first, second = _User(), _User()
+    context = pool.take((), first)
+    pool.give_back(first)
+    assert pool.take((), second) is context
+    pool.give_back(first)
+    assert context.user() is second
+    del second  # lost without giving it back
+    assert in_time(lambda: pool.take((), first)) is context
 
 
 def test_one_context_where_the_profile_cannot_be_shared(path: Path, trt: Any) -> None:

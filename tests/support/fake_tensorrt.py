@@ -8,14 +8,19 @@ it was captured with.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import enum
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
+
+from sdct_export.bundle.description import Bundle, file_sha256
+from sdct_export.engine.build import ENGINE_FILE, PLUGIN_EMBEDDED, EngineManifest, Profile, profile_shapes
 
 ENGINE = b"engine of "  # followed by the path of the ONNX file that says what it computes
 
@@ -27,6 +32,7 @@ class Cuda(types.ModuleType):
         cudaSuccess = 0
         cudaErrorMemoryAllocation = 2
         cudaErrorInvalidValue = 1
+        cudaErrorIllegalState = 401
 
     cudaMemcpyKind = types.SimpleNamespace(
         cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3
@@ -45,7 +51,8 @@ class Cuda(types.ModuleType):
         self.calls: list[str] = []
 
     def check(self, pointer: int, nbytes: int) -> None:
-        assert any(p <= pointer and pointer + nbytes <= p + len(b) for p, b in self.memory.items()), "bad pointer"
+        blocks = list(self.memory.items())  # one operation: other threads allocate meanwhile
+        assert any(p <= pointer and pointer + nbytes <= p + len(b) for p, b in blocks), "bad pointer"
 
     def _handle(self) -> int:
         self.handles += 1
@@ -84,6 +91,8 @@ class Cuda(types.ModuleType):
         return (self.cudaError_t.cudaSuccess,)
 
     def cudaStreamEndCapture(self, stream: int) -> tuple[Any, ...]:
+        if stream not in self.capturing:
+            return self.cudaError_t.cudaErrorIllegalState, None
         graph = self._handle()
         self.graphs[graph] = self.capturing.pop(stream)
         return self.cudaError_t.cudaSuccess, graph
@@ -235,3 +244,14 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str = "10.16.0") -> Any:
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
     return trt
+
+
+def write_engine(path: Path, trt: Any, *, profile: Profile | None = None, **changes: Any) -> Bundle:
+    """A fake engine and its manifest in the bundle at `path`."""
+    bundle = Bundle.load(path)
+    engine = path / ENGINE_FILE
+    engine.write_bytes(ENGINE + str(bundle.model_path).encode())
+    shapes = profile_shapes(bundle, profile or Profile())
+    manifest = EngineManifest(bundle.model_sha256, file_sha256(engine), trt.__version__, PLUGIN_EMBEDDED, True, shapes)
+    dataclasses.replace(manifest, **changes).write(engine)
+    return bundle

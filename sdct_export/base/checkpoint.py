@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BaseMismatchError, SdctError, UnsupportedError
-from .model import class_for, named_class
+from .model import class_for, loading_error, named_class
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -149,6 +149,7 @@ class Structure:
 
     Raises:
         BaseMismatchError: transformers cannot build the model, or two keys claim one parameter.
+        UnsupportedError: the model is quantized, or defined by code in its own folder, which is never run.
     """
 
     def __init__(
@@ -165,17 +166,21 @@ class Structure:
 
         folder = checkpoint.folder
         try:
-            self.config = transformers.AutoConfig.from_pretrained(folder)
+            self.config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
             self.resized = num_labels is not None and num_labels != self.config.num_labels
             if self.resized:
                 self.config.num_labels = num_labels
             loader = named_class(model_class) if model_class else class_for(self.config, task_type)
             with torch.device("meta"):
-                self.model: nn.Module = (getattr(loader, "from_config", None) or loader)(self.config)
+                self.model: nn.Module = (
+                    loader.from_config(self.config, trust_remote_code=False)
+                    if hasattr(loader, "from_config")
+                    else loader(self.config)
+                )
         except SdctError:
             raise
         except Exception as error:  # a damaged configuration makes transformers raise errors of many kinds
-            raise BaseMismatchError(f"cannot build the model of {folder / CONFIG_FILE}: {error}") from error
+            raise loading_error(f"cannot build the model of {folder / CONFIG_FILE}", error) from error
         if getattr(self.config, "quantization_config", None) is not None:
             raise UnsupportedError(f"{folder} is quantized; use the unquantized checkpoint")
         transforms = get_model_conversion_mapping(self.model)

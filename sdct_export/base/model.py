@@ -52,6 +52,7 @@ def load_base(
         BaseMismatchError: the folder is no model checkpoint, lacks other parameters than `saved`, or its head has
             another size than asked for.
         ConfigError: there is no such class.
+        UnsupportedError: the model is defined by code in its own folder, which is never run.
     """
     text = str(path)
     if not Path(path).is_dir() and (Path(path).exists() or Path(path).is_absolute() or not _HUB_NAME.fullmatch(text)):
@@ -63,11 +64,16 @@ def load_base(
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # missing and mismatched tensors are dealt with below, not in a table of its own
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         loader = named_class(model_class) if model_class else class_for(config, task_type)
         if num_labels is not None and num_labels != config.num_labels:
             config.num_labels = num_labels
-        options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,
+            "trust_remote_code": False,
+        }
         model, info = loader.from_pretrained(path, config=config, **options)
         lacking = set(info["missing_keys"]) - set(saved)
         if lacking and all(key.startswith("pooler.") for key in lacking):  # no checkpoint has it, so nothing reads it
@@ -75,7 +81,7 @@ def load_base(
     except SdctError:
         raise
     except Exception as error:  # a damaged folder makes transformers raise errors of many kinds
-        raise BaseMismatchError(f"cannot load a base model from {path}: {error}") from error
+        raise loading_error(f"cannot load a base model from {path}", error) from error
     finally:
         logging.set_verbosity(verbosity)
     mismatched = list(info["mismatched_keys"])
@@ -123,6 +129,20 @@ def class_for(config: Any, task_type: str | None) -> Any:
     found = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
     is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     return found if is_model else transformers.AutoModel
+
+
+def loading_error(what: str, error: Exception) -> SdctError:
+    """What to raise where transformers raised `error`: `UnsupportedError` where it lacks code that the base brings.
+
+    Every call passes `trust_remote_code=False`: without it transformers asks on standard input whether to run the code
+    that `auto_map` in a base's `config.json` names, and a "y" in a pipe would run it.
+    """
+    if "trust_remote_code" in str(error):
+        return UnsupportedError(
+            f"{what}: it needs custom code (auto_map in its config.json), which is never run; use a base model that "
+            "transformers itself has a class for"
+        )
+    return BaseMismatchError(f"{what}: {error}")
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:

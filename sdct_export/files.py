@@ -1,18 +1,36 @@
-"""Outputs that are complete or absent: written under a temporary name beside their place, then moved there."""
+"""Outputs that are complete or absent: written under a temporary name beside their place, made durable, moved there.
+
+What stands under the temporary name, `.<name>.<16 hex digits>.tmp` and the suffix of a file, is locked while its
+writer lives. What a killed writer left is removed when the same output is begun again.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .errors import ConfigError, OutputError
 
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; there the folders of killed writers stay
+    fcntl = None
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
+_READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+_WRITE = _READ if os.name != "nt" else os.O_RDWR  # Windows synchronises only what is open for writing
+# what file systems answer that do not know a call; a folder that may not be read cannot be synchronised either
+_REFUSED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
+_NO_SYNC = _REFUSED | {errno.EBADF, errno.EACCES, errno.EISDIR}
 
 
 def check_adapter_name(name: object) -> str:
@@ -29,30 +47,25 @@ def check_adapter_name(name: object) -> str:
 def new_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path` and move it to `path` when the block ends without an error.
 
+    It is on the disk, not only in memory, when the block has ended. Of several writers at once exactly one succeeds.
+
     Raises:
         OutputError: `path` exists already, its parent cannot be made, or the disk refused a write.
     """
     target = Path(path)
     refuse_existing(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
-    try:
+    with _locked(target, folder=True) as work:
         yield work
-        refuse_existing(target)
-        work.chmod(0o777 & ~_umask())
-        os.rename(work, target)
-    except OSError as error:
-        raise OutputError(f"writing {target} failed: {error.strerror or error}; nothing was left there") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        _sync_tree(work)
+        _move_new(work, target)
 
 
 @contextlib.contextmanager
 def new_file(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
-    """Yield a temporary file name beside `path` and move it to `path` when the block ends without an error.
+    """Yield an empty temporary file beside `path`, to write into, and move it to `path` when the block ends well.
+
+    Its content is on the disk when the block has ended. Of several writers at once without `overwrite` exactly one
+    succeeds.
 
     Raises:
         OutputError: the disk refused a write, or `path` exists and `overwrite` is false.
@@ -60,21 +73,13 @@ def new_file(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     target = Path(path)
     if not overwrite:
         refuse_existing(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent)
-        os.close(handle)
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
-    work = Path(name)
-    try:
+    with _locked(target, folder=False) as work:
         yield work
-        work.chmod(0o666 & ~_umask())
-        os.replace(work, target)
-    except OSError as error:
-        raise OutputError(f"writing {target} failed: {error.strerror or error}; nothing was left there") from error
-    finally:
-        work.unlink(missing_ok=True)
+        _sync(work, _WRITE)
+        if overwrite:
+            os.replace(work, target)
+        else:
+            _move_new(work, target)
 
 
 def refuse_existing(target: str | Path) -> None:
@@ -83,7 +88,159 @@ def refuse_existing(target: str | Path) -> None:
         raise OutputError(f"{target} exists already; choose another output or remove it first")
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+@contextlib.contextmanager
+def _locked(target: Path, *, folder: bool) -> Iterator[Path]:
+    """A locked temporary folder or file beside `target`, gone afterwards; then the folders above are synchronised.
+
+    It is made with the mode of a plain write, from which the kernel takes the umask: to ask for the umask is to change
+    it for a moment, in all threads.
+    """
+    try:
+        parents = _make_parents(target)
+        _remove_abandoned(target)
+        work, lock = _make_locked(target, folder)
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
+    try:
+        yield work
+    except OSError as error:
+        if isinstance(error, FileExistsError):
+            refuse_existing(target)  # another writer was faster
+        raise OutputError(f"writing {target} failed: {error.strerror or error}; nothing was left there") from error
+    finally:
+        _remove(work)
+        if lock is not None:
+            os.close(lock)
+    try:
+        for parent in parents:
+            _sync(parent, os.O_RDONLY)  # which may be reached through a link
+    except OSError as error:
+        raise OutputError(
+            f"{target} was written, but the disk does not confirm it ({error.strerror or error}); check the disk"
+        ) from error
+
+
+def _make_parents(target: Path) -> list[Path]:
+    """Make the folders above `target`; those whose entries change, the nearest first."""
+    changed = [target.parent]
+    while not changed[-1].exists():
+        changed.append(changed[-1].parent)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return changed
+
+
+def _make_locked(target: Path, folder: bool) -> tuple[Path, int | None]:
+    """A new folder or file for `target`, and the descriptor that holds its lock, None where there are no locks."""
+    while True:
+        work = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp{'' if folder else target.suffix}"
+        if folder:
+            work.mkdir()
+        else:
+            work.touch(exist_ok=False)
+        if fcntl is None:
+            return work, None
+        try:
+            lock = os.open(work, _READ)
+        except FileNotFoundError:
+            continue  # as below
+        if _lock(lock) is not False and work.exists():
+            return work, lock
+        os.close(lock)  # another writer took it for abandoned before it was locked
+
+
+def _lock(opened: int) -> bool | None:
+    """Whether a folder or file could be locked, None where its file system has no locks."""
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what stands under temporary names for `target` and can be locked: its writer has died."""
+    if fcntl is None:
+        return
+    name = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{16}\.tmp(" + re.escape(target.suffix) + ")?")
+    for found in filter(name.fullmatch, os.listdir(target.parent)):  # noqa: PTH208, for its speed
+        try:
+            opened = os.open(target.parent / found, _READ)
+        except OSError:
+            continue
+        try:
+            if _lock(opened):
+                _remove(target.parent / found)
+        finally:
+            os.close(opened)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    """Have the disk hold all files below `folder`, and the names of its folders."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            file = Path(place, name)
+            if not file.is_symlink():
+                _sync(file, _WRITE)
+        _sync(Path(place), _READ)
+
+
+def _sync(path: Path, flags: int) -> None:
+    try:
+        opened = os.open(path, flags)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+
+
+def _move_new(work: Path, target: Path) -> None:
+    """Move `work` to `target`, which must not exist. Raises `FileExistsError` where it does, an empty folder too."""
+    folder = work.is_dir()
+    try:
+        if folder:
+            _rename_new(work, target)
+        else:
+            os.link(work, target)
+        return
+    except OSError as error:
+        if error.errno not in _REFUSED | {errno.EMLINK}:
+            raise
+    # first claim the name, which one writer can, then replace the claim
+    if folder:
+        target.mkdir()
+    else:
+        target.touch(exist_ok=False)
+    try:
+        os.replace(work, target)
+    except OSError:
+        with contextlib.suppress(OSError):
+            (Path.rmdir if folder else Path.unlink)(target)
+        raise
+
+
+def _rename_new(work: Path, target: Path) -> None:
+    """`os.rename` that never replaces anything, where POSIX replaces an empty folder. Raises `OSError`."""
+    if os.name == "nt":
+        os.rename(work, target)
+        return
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
+    here, no_replace = -100, 1  # AT_FDCWD, RENAME_NOREPLACE
+    if rename(here, os.fsencode(work), here, os.fsencode(target), no_replace) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(target))

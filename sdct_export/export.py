@@ -34,7 +34,7 @@ from .bundle.onnx_adapter import SUFFIX, write_onnx_adapter
 from .bundle.probe import Case, Probe, Row, sample_indices
 from .contract import Group, Head
 from .errors import BaseMismatchError, ConfigError, UnsupportedError
-from .files import check_adapter_name, new_folder
+from .files import check_adapter_name, copy_inside, new_folder
 from .graph.insert import InsertAdapters
 from .graph.trace import trace
 from .tuning.model import SdctModel
@@ -369,8 +369,8 @@ def _write(
     source = Path(_name(base))  # of a model in memory, the folder it was loaded from
     if source.is_dir():
         for pattern in _COPIED:
-            for file in sorted(source.glob(pattern)):
-                shutil.copyfile(file, folder / file.name)
+            for file in filter(Path.is_file, sorted(source.glob(pattern))):
+                copy_inside(source, file, folder / file.name)
     Bundle(
         kind=kind,
         task=base.task,

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, OutputError
+from .errors import ConfigError, OutputError, UnsupportedError
 
 fcntl: Any
 try:
@@ -86,6 +86,27 @@ def refuse_existing(target: str | Path) -> None:
     """Raise `OutputError` where something stands at `target`, to fail before long work rather than after it."""
     if os.path.lexists(target):
         raise OutputError(f"{target} exists already; choose another output or remove it first")
+
+
+def copy_inside(root: Path, file: Path, target: Path) -> None:
+    """Copy `file`, found below the folder `root` of a stranger, to `target`; a link must not lead out of `root`.
+
+    Else a link to any file that this user can read would publish it. In a hub cache files are links into the `blobs`
+    of the same repository, and those may be followed.
+
+    Raises:
+        UnsupportedError: the file is a link that leads elsewhere.
+        OSError: it cannot be read, or `target` cannot be written.
+    """
+    real, home = file.resolve(), root.resolve()
+    blobs = [home.parent.parent / "blobs"] if home.parent.name == "snapshots" else []
+    if not any(real.is_relative_to(place) for place in (home, *blobs)):
+        raise UnsupportedError(
+            f"{file} is a link to {real}, outside of {root}, and is not copied; put the file itself there, or remove "
+            "the link"
+        )
+    with os.fdopen(os.open(real, _READ), "rb") as source, target.open("wb") as copied:
+        shutil.copyfileobj(source, copied, 1 << 20)
 
 
 @contextlib.contextmanager

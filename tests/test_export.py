@@ -467,3 +467,16 @@ def test_the_tokenizer_travels_with_a_model_in_memory_too(classifier: Exported, 
     model = type(classifier.model).from_pretrained(tmp_path / "base").eval()
     export_multi(model, {"a": classifier.adapters["a"]}, tmp_path / "out")
     assert (tmp_path / "out" / "vocab.txt").read_text() == "[PAD]\n"
+
+
+def test_links_out_of_the_base_do_not_travel(small: Any, no_tracing: None, tmp_path: Path) -> None:
+    _, model, adapter = small
+    model.save_pretrained(tmp_path / "base")
+    (tmp_path / "secret").write_text("{}")
+    (tmp_path / "base" / "tokenizer_config.json").symlink_to("../secret")
+    (tmp_path / "base" / "tokenizer").mkdir()
+    loaded = type(model).from_pretrained(tmp_path / "base").eval()
+    adapter = dataclasses.replace(adapter, base_hash=None, base_dtype=None)
+    refuses(
+        UnsupportedError, r"tokenizer_config\.json is a link to .*secret", loaded, {"a": adapter}, tmp_path / "out"
+    )

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from sdct_export import files
-from sdct_export.errors import OutputError
+from sdct_export.errors import OutputError, UnsupportedError
 from sdct_export.files import new_file, new_folder
 
 Writer = Callable[[Path], AbstractContextManager[Path]]
@@ -103,6 +103,40 @@ def test_modes_are_those_of_the_umask_which_is_never_touched(tmp_path: Path, mon
         os.umask(before)
     modes = {name: stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("out", "out/sub", "out/a", "file")}
     assert modes == {"out": 0o750, "out/sub": 0o750, "out/a": 0o640, "file": 0o640}
+
+
+# links
+
+
+def test_links_are_followed_within_a_folder_and_within_its_hub_cache(tmp_path: Path) -> None:
+    repository = tmp_path / "models--owner--name"
+    snapshot = repository / "snapshots" / "1a2b"
+    for folder in (snapshot / "sub", repository / "blobs", tmp_path / "models--owner--other" / "blobs"):
+        folder.mkdir(parents=True)
+    for file in (repository / "blobs" / "x", tmp_path / "models--owner--other" / "blobs" / "x", snapshot / "plain"):
+        file.write_text(file.parent.name)
+    links = {
+        "good": "../../blobs/x", "sub/good": "../../../blobs/x", "own": "plain",
+        "other": "../../../models--owner--other/blobs/x", "refs": "../../refs", "root": "/etc/passwd",
+    }  # fmt: skip
+    for name, target in links.items():
+        (snapshot / name).symlink_to(target)
+    (tmp_path / "short").symlink_to(snapshot)
+    for root in (snapshot, tmp_path / "short"):
+        for name in ("plain", "own", "good", "sub/good"):
+            files.copy_inside(root, root / name, tmp_path / "copy")
+            assert (tmp_path / "copy").read_text() == ("blobs" if "good" in name else "1a2b")
+        (tmp_path / "copy").unlink()
+        for name in ("other", "refs", "root"):
+            with pytest.raises(UnsupportedError, match=r"is a link to .* outside of"):
+                files.copy_inside(root, root / name, tmp_path / "copy")
+        assert not (tmp_path / "copy").exists()
+    (tmp_path / "plain" / "blobs").mkdir(parents=True)
+    (tmp_path / "plain" / "blobs" / "x").write_text("")
+    (tmp_path / "plain" / "a" / "b").mkdir(parents=True)
+    (tmp_path / "plain" / "a" / "b" / "x").symlink_to("../../blobs/x")  # no hub cache: there is no `snapshots`
+    with pytest.raises(UnsupportedError, match="outside of"):
+        files.copy_inside(tmp_path / "plain" / "a" / "b", tmp_path / "plain" / "a" / "b" / "x", tmp_path / "copy")
 
 
 # races

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -48,7 +47,7 @@ from ..base.model import (
 )
 from ..base.training import check_class, check_record, class_name, class_of
 from ..errors import BaseMismatchError, ConfigError, UnsupportedError
-from ..files import new_folder
+from ..files import copy_inside, new_folder
 from ..spectral.transform import idct
 
 BAND, COLUMNS = 1 << 18, 64  # elements of dW formed at a time (they fit a cache), and at least so many columns
@@ -207,7 +206,8 @@ def merge_checkpoint(
     Raises:
         BaseMismatchError: the adapter does not fit the base, or the base is damaged.
         AdapterFormatError: the adapter folder is damaged.
-        UnsupportedError: the base is stored in a form that cannot be merged, see the message.
+        UnsupportedError: the base is stored in a form that cannot be merged, or a file to copy is a link that leads
+            out of it, see the message.
         OutputError: `output_path` exists, or the disk refused a write; nothing is left there.
     """
     if not isinstance(adapter, SdctAdapter):
@@ -343,7 +343,7 @@ def _copy_other_files(source: Path, target: Path) -> None:
         if not path.is_file() or hidden or stale or str(relative) in skipped:
             continue
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target / relative)
+        copy_inside(source, path, target / relative)
 
 
 def _write_config(
@@ -360,7 +360,7 @@ def _write_config(
     if head_added or structure.resized:
         target.write_text(json.dumps(raw, indent=2) + "\n")
     else:
-        shutil.copyfile(source, target)
+        copy_inside(base.folder, source, target)
 
 
 def _write_index(target: Path, index: Mapping[str, Any], plan: Mapping[str, list[NewTensor]]) -> None:

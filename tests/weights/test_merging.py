@@ -418,6 +418,25 @@ def test_weights_in_other_formats_are_left_behind(tmp_path: Path) -> None:
     assert found == {"config.json", "model.safetensors", "1_Pooling/config.json", "vocab.txt"}
 
 
+def test_links_out_of_the_base_are_not_copied(tmp_path: Path) -> None:
+    model, task = make_model("bert")
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    adapter = make_adapter(model, r".*query", task)
+    (tmp_path / "secret").write_text("{}")
+    (tmp_path / "secret").chmod(0o600)
+    (base / "tokenizer_config.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(UnsupportedError, match=r"tokenizer_config\.json is a link to .*secret, outside of .*base"):
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    (base / "tokenizer_config.json").unlink()
+    (tmp_path / "config.json").write_text((base / "config.json").read_text())
+    (base / "config.json").unlink()
+    (base / "config.json").symlink_to("../config.json")
+    with pytest.raises(UnsupportedError, match=r"config\.json is a link to"):
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_progress_bar_only_where_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, task = make_model("bert")
     model.save_pretrained(tmp_path / "base")

@@ -1,7 +1,11 @@
-"""Outputs that are complete or absent: written under a temporary name beside their place, made durable, moved there.
+"""Files that come from strangers, and outputs that are complete or absent.
 
-What stands under the temporary name, `.<name>.<16 hex digits>.tmp` and the suffix of a file, is locked while its
-writer lives. What a killed writer left is removed when the same output is begun again.
+Inputs are opened by `open_input` and its relatives, which neither wait nor read without end: whatever stands there
+must be a regular file, and no more is read of it than a limit allows.
+
+Outputs are written under a temporary name beside their place, made durable, and moved there. What stands under the
+temporary name, `.<name>.<16 hex digits>.tmp` and the suffix of a file, is locked while its writer lives. What a killed
+writer left is removed when the same output is begun again.
 """
 
 from __future__ import annotations
@@ -9,15 +13,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import json
 import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from .errors import ConfigError, OutputError, UnsupportedError
+from .errors import ConfigError, OutputError, SdctError, UnsupportedError
 
 fcntl: Any
 try:
@@ -26,7 +32,9 @@ except ImportError:  # Windows has no flock; there the folders of killed writers
     fcntl = None
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
-_READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+# opening never waits for the other end of a pipe
+_INPUT = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_READ = _INPUT | getattr(os, "O_NOFOLLOW", 0)
 _WRITE = _READ if os.name != "nt" else os.O_RDWR  # Windows synchronises only what is open for writing
 # what file systems answer that do not know a call; a folder that may not be read cannot be synchronised either
 _REFUSED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
@@ -86,6 +94,69 @@ def refuse_existing(target: str | Path) -> None:
     """Raise `OutputError` where something stands at `target`, to fail before long work rather than after it."""
     if os.path.lexists(target):
         raise OutputError(f"{target} exists already; choose another output or remove it first")
+
+
+@contextlib.contextmanager
+def open_input(path: Path, error: type[SdctError], advice: str) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a file of a stranger to read it: the open file and its size. Only what the descriptor says is believed.
+
+    Args:
+        path: the file, or a link to it.
+        error: what to raise.
+        advice: what the person can do, the end of the message.
+
+    Raises:
+        error: it is missing, no regular file (a pipe would block, a device never end), or opening or reading failed.
+    """
+    try:
+        opened = os.open(path, _INPUT)
+        try:
+            status = os.fstat(opened)
+            if not stat.S_ISREG(status.st_mode):
+                raise error(f"{path} is not a regular file; {advice}")
+            with os.fdopen(opened, "rb", closefd=False) as file:
+                yield file, status.st_size
+        finally:
+            os.close(opened)
+    except FileNotFoundError:
+        raise error(f"{path} is missing; {advice}") from None
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem.strerror or problem}") from problem
+
+
+def read_input(path: Path, limit: int, error: type[SdctError], advice: str) -> bytes:
+    """The content of a file of a stranger, which may have up to `limit` bytes. Raises as `open_input`."""
+    with open_input(path, error, advice) as (file, size):
+        if size > limit:
+            raise error(f"{path} has {size} bytes, it may have up to {limit}; {advice}")
+        data = file.read(size + 1)
+        if len(data) > size:
+            raise error(f"{path} is larger than its size says; {advice}")
+        return data
+
+
+def read_json(path: Path, limit: int, error: type[SdctError], advice: str, *, unique: bool = False) -> dict[str, Any]:
+    """The JSON object in a file of a stranger. Raises as `read_input`, and where the file holds something else.
+
+    With `unique`, no field may be repeated.
+    """
+    data = read_input(path, limit, error, advice)
+    try:
+        raw = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_fields if unique else None)
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path} is not valid JSON ({problem}); {advice}") from problem
+    if not isinstance(raw, dict):
+        raise error(f"{path} must hold a JSON object, got {type(raw).__name__}; {advice}")
+    return raw
+
+
+def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"repeated field {name!r}")
+        fields[name] = value
+    return fields
 
 
 def copy_inside(root: Path, file: Path, target: Path) -> None:

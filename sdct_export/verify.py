@@ -120,8 +120,8 @@ def _files(bundle: Bundle) -> Iterator[Check]:
                 "sha256 as recorded" if same else "differs from what was exported (sha256); export the bundle again"
             )
             yield Check(f"file {path.name}", same, detail)
-        except OSError as error:
-            yield Check(f"file {path.name}", False, f"cannot be read: {error.strerror or error}")
+        except SdctError as error:
+            yield Check(f"file {path.name}", False, str(error))
     for name in bundle.adapters:
         try:
             bundle.check_adapter(name)

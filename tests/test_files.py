@@ -1,4 +1,4 @@
-"""Outputs are complete or absent: through power loss, races, killed writers and file systems that lack a call."""
+"""Inputs never hang; outputs are complete or absent: through power loss, races, killed writers, poor file systems."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 
 from sdct_export import files
-from sdct_export.errors import OutputError, UnsupportedError
-from sdct_export.files import new_file, new_folder
+from sdct_export.errors import BaseMismatchError, OutputError, UnsupportedError
+from sdct_export.files import new_file, new_folder, read_input, read_json
 
 Writer = Callable[[Path], AbstractContextManager[Path]]
 
@@ -103,6 +103,86 @@ def test_modes_are_those_of_the_umask_which_is_never_touched(tmp_path: Path, mon
         os.umask(before)
     modes = {name: stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("out", "out/sub", "out/a", "file")}
     assert modes == {"out": 0o750, "out/sub": 0o750, "out/a": 0o640, "file": 0o640}
+
+
+# inputs
+
+
+@contextmanager
+def soon() -> Iterator[None]:
+    """Fail where the block waits for something that never comes."""
+
+    def late(*_: object) -> None:
+        raise AssertionError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def read(path: Path, limit: int = 1000) -> bytes:
+    with soon():
+        return read_input(path, limit, BaseMismatchError, "copy it again")
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "link").symlink_to("file")
+    assert read(tmp_path / "file") == read(tmp_path / "link", limit=7) == b"content"
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "endless", "folder"):
+        with pytest.raises(BaseMismatchError, match=rf"{name} is not a regular file; copy it again"):
+            read(tmp_path / name)
+    with pytest.raises(BaseMismatchError, match="none is missing; copy it again"):
+        read(tmp_path / "none")
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(BaseMismatchError, match="circle cannot be read: Too many levels"):
+        read(tmp_path / "circle")
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    for name in ("pipe", "folder"):
+        with pytest.raises(BaseMismatchError):
+            read(tmp_path / name)
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+def test_no_more_is_read_than_the_limit_and_the_size(tmp_path: Path) -> None:
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(BaseMismatchError, match=rf"has {1 << 40} bytes, it may have up to 1000; copy it again"):
+        read(tmp_path / "sparse")
+    (tmp_path / "grows").symlink_to("/proc/self/status")  # a file of size 0 that has content
+    with pytest.raises(BaseMismatchError, match="larger than its size says"):
+        read(tmp_path / "grows")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "not valid JSON"),
+        (b"\xff", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"9" * 10_000, "not valid JSON"),
+        (b"[1]", "must hold a JSON object, got list"),
+        (b'{"a": 1, "a": 2}', "repeated field 'a'"),
+    ],
+)
+def test_json_of_strangers(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(BaseMismatchError, match=rf"x\.json .*{message}.*; copy it again"):
+        read_json(tmp_path / "x.json", 1 << 20, BaseMismatchError, "copy it again", unique=True)
+
+
+def test_many_fields_of_which_one_is_repeated_take_no_time(tmp_path: Path) -> None:
+    text = ",".join(f'"{n}":0' for n in range(100_000))
+    (tmp_path / "x.json").write_text(f'{{{text},"99999":0}}')
+    with soon(), pytest.raises(BaseMismatchError, match="repeated field '99999'"):
+        read_json(tmp_path / "x.json", 4 << 20, BaseMismatchError, "", unique=True)
 
 
 # links

@@ -49,7 +49,7 @@ class SdctAdapter:
                 "the adapter holds no adapted module and no saved module; there is nothing to apply"
             )
         for name, array in self.saved.items():
-            if not np.isfinite(array.astype(np.float32)).all():
+            if not np.isfinite(array.astype(np.float32, copy=False)).all():
                 raise AdapterFormatError(
                     f"saved parameter {name!r} holds NaN or infinite values; retrain or repair it"
                 )
@@ -65,9 +65,18 @@ class SdctAdapter:
             object.__setattr__(self, field, MappingProxyType(dict(sorted(getattr(self, field).items()))))
 
     @classmethod
-    def load(cls, path: str | Path) -> SdctAdapter:
-        """Read and validate an adapter folder. Raises `AdapterFormatError` naming file, module and remedy."""
-        contents = read_folder(path)
+    def load(cls, path: str | Path, *, max_bytes: int | None = None) -> SdctAdapter:
+        """Read and validate an adapter folder.
+
+        Args:
+            path: the folder.
+            max_bytes: most bytes its tensors may have, where the caller has room for no more.
+
+        Raises:
+            AdapterFormatError: naming file, module and remedy.
+            BaseMismatchError: its tensors have more than `max_bytes`; they are not read.
+        """
+        contents = read_folder(path, max_bytes=max_bytes)
         try:
             return cls(*contents)
         except AdapterFormatError as error:

@@ -71,16 +71,33 @@ def check_fit(module: str, entries: SdctEntries, shape: tuple[int, int]) -> None
         )
 
 
+def layout_problem(
+    values_dtype: np.dtype[Any],
+    values_shape: tuple[int, ...],
+    indices_dtype: np.dtype[Any],
+    indices_shape: tuple[int, ...],
+    shape: tuple[int, int] | None,
+) -> str | None:
+    """What is wrong with the dtypes and shapes of a module's entries, None where nothing is; needs no data."""
+    if values_dtype not in VALUE_DTYPES:
+        return f"sdct_values must be float32, float16 or bfloat16, got {values_dtype}"
+    if indices_dtype != np.int32:
+        return f"sdct_indices must be int32, got {indices_dtype}"
+    if len(values_shape) != 1 or values_shape[0] == 0:
+        return f"sdct_values must have shape [n] with n >= 1, got {list(values_shape)}"
+    n = values_shape[0]
+    if indices_shape != (n, 2):
+        return f"sdct_indices must have shape [{n}, 2] to match sdct_values, got {list(indices_shape)}"
+    if shape is not None and n > shape[0] * shape[1]:
+        return f"it has {n} entries, more than its {shape[0]} x {shape[1]} weight; the file is damaged"
+    return None
+
+
 def _entries_problem(values: Array, indices: Array, shape: tuple[int, int] | None) -> str | None:
-    if values.dtype not in VALUE_DTYPES:
-        return f"sdct_values must be float32, float16 or bfloat16, got {values.dtype}"
-    if indices.dtype != np.int32:
-        return f"sdct_indices must be int32, got {indices.dtype}"
-    if values.ndim != 1 or values.size == 0:
-        return f"sdct_values must have shape [n] with n >= 1, got {list(values.shape)}"
-    if indices.shape != (values.shape[0], 2):
-        return f"sdct_indices must have shape [{values.shape[0]}, 2] to match sdct_values, got {list(indices.shape)}"
-    if not np.isfinite(values.astype(np.float32)).all():
+    problem = layout_problem(values.dtype, values.shape, indices.dtype, indices.shape, shape)
+    if problem:
+        return problem
+    if not np.isfinite(values.astype(np.float32, copy=False)).all():
         bad = int(np.flatnonzero(~np.isfinite(values.astype(np.float32)))[0])
         return f"sdct_values holds NaN or infinite numbers (first at position {bad}); retrain or repair the adapter"
     if (indices < 0).any():
@@ -90,9 +107,12 @@ def _entries_problem(values: Array, indices: Array, shape: tuple[int, int] | Non
         if over.size:
             row, col = indices[over[0]]
             return f"index ({row}, {col}) lies outside the {shape[0]} x {shape[1]} weight; the file is damaged"
-    keys = (indices[:, 0].astype(np.int64) << 32) | indices[:, 1]
-    unique, counts = np.unique(keys, return_counts=True)
-    if unique.size != keys.size:
-        key = int(unique[counts > 1][0])
+    keys = indices[:, 0].astype(np.int64)
+    keys <<= 32
+    keys |= indices[:, 1]
+    keys.sort()
+    repeated = np.flatnonzero(keys[1:] == keys[:-1])
+    if repeated.size:
+        key = int(keys[repeated[0]])
         return f"index ({key >> 32}, {key & 0xFFFFFFFF}) is repeated; add the values of such entries up into one"
     return None

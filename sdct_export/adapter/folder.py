@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
-import stat
-import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from ..errors import AdapterFormatError, ConfigError
-from ..files import new_folder
+from ..errors import AdapterFormatError, BaseMismatchError, ConfigError
+from ..files import new_folder, open_input, read_json
 from .config import FORMAT_VERSION, PEFT_TYPE, SdctConfig
-from .entries import BFLOAT16, DTYPE_NAMES, Array, SdctEntries
+from .entries import BFLOAT16, DTYPE_NAMES, Array, SdctEntries, layout_problem
 from .training import TrainingRecord, parse_record
 
 CONFIG_FILE = "adapter_config.json"
@@ -34,10 +33,12 @@ TRAINED_ON_FILE = "trained_on.json"  # in a merged export, which holds no adapte
 VALUES_SUFFIX = ".sdct_values"
 INDICES_SUFFIX = ".sdct_indices"
 MAX_CONFIG_BYTES = 4 << 20
-MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors format itself
+MAX_HEADER_BYTES = 16 << 20  # room for 100,000 tensors; the format itself allows 100 MB, which takes GB to parse
+MAX_DIMENSIONS = 32
 MAX_WEIGHTS_BYTES = 8 << 30
 MAX_PROBE_BYTES = 16 << 20
 
+_AGAIN = "copy the whole adapter folder or save the adapter again"
 _CONFIG_FIELDS = {field.name for field in dataclasses.fields(SdctConfig)}
 _FILE_FIELDS = {"peft_type", "format_version", "shapes", "base_model_hash", "base_model_dtype", "trained_on"}
 # written by PEFT into every adapter_config.json; they carry nothing that changes the result
@@ -58,11 +59,28 @@ class Contents(NamedTuple):
     trained_on: TrainingRecord | None
 
 
-def read_folder(path: str | Path) -> Contents:
+class Stored(NamedTuple):
+    """What the header of a safetensors file says of a tensor."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its data."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+def read_folder(path: str | Path, *, max_bytes: int | None = None) -> Contents:
     """Read an adapter folder and validate its files and the entries of each module.
+
+    Args:
+        path: the folder.
+        max_bytes: most bytes its tensors may have, where the caller has room for no more.
 
     Raises:
         AdapterFormatError: naming the file, the module and what to do.
+        BaseMismatchError: its tensors have more than `max_bytes`; they are not read.
     """
     folder = Path(path)
     if not os.path.isdir(folder):  # noqa: PTH112, since Path.is_dir raises for a name that is too long
@@ -76,42 +94,16 @@ def read_folder(path: str | Path) -> Contents:
     except ConfigError as error:
         raise AdapterFormatError(f"{folder / CONFIG_FILE}: {error}") from error
     shapes = _read_shapes(raw.get("shapes"), folder / CONFIG_FILE)
-    tensors = read_safetensors(weights)
+    tensors = read_safetensors(weights, lambda stored: _check_tensors(stored, config, shapes, weights, max_bytes))
     modules: dict[str, SdctEntries] = {}
     for name in sorted(tensors):
-        if not name.endswith(VALUES_SUFFIX):
-            continue
         module = name.removesuffix(VALUES_SUFFIX)
-        if not module:
-            raise AdapterFormatError(f"{weights}: tensor {name!r} names no module; save the adapter again")
-        indices = tensors.get(module + INDICES_SUFFIX)
-        if indices is None:
-            raise AdapterFormatError(
-                f"{weights}: module {module!r} has values but no {module}{INDICES_SUFFIX}; save it again"
-            )
-        try:
-            modules[module] = SdctEntries(tensors[name], indices, shapes.get(module))
-        except AdapterFormatError as error:
-            raise AdapterFormatError(f"{weights}: module {module!r}: {error}") from None
-    saved: dict[str, Array] = {}
-    for name, array in tensors.items():
-        if name.endswith(INDICES_SUFFIX) and name.removesuffix(INDICES_SUFFIX) not in modules:
-            raise AdapterFormatError(f"{weights}: {name} has no matching {VALUES_SUFFIX[1:]}; save the adapter again")
-        if name.endswith((VALUES_SUFFIX, INDICES_SUFFIX)):
-            continue
-        if not _saves(config, name):
-            raise AdapterFormatError(
-                f"{weights}: unknown tensor {name!r}: not an sDCT entry and not part of modules_to_save "
-                f"({list(config.modules_to_save or [])}) in {CONFIG_FILE}"
-            )
-        if array.dtype not in DTYPE_NAMES.values():
-            raise AdapterFormatError(
-                f"{weights}: saved parameter {name!r} has dtype {array.dtype}; expected a float type"
-            )
-        saved[name] = array
-    unknown = sorted(set(shapes) - set(modules))
-    if unknown:
-        raise AdapterFormatError(f"{weights}: {CONFIG_FILE} lists module {unknown[0]!r}, but its tensors are missing")
+        if module != name:
+            try:
+                modules[module] = SdctEntries(tensors[name], tensors[module + INDICES_SUFFIX], shapes.get(module))
+            except AdapterFormatError as error:
+                raise AdapterFormatError(f"{weights}: module {module!r}: {error}") from None
+    saved = {n: array for n, array in tensors.items() if not n.endswith((VALUES_SUFFIX, INDICES_SUFFIX))}
     hash_, dtype = raw.get("base_model_hash"), raw.get("base_model_dtype")
     if (hash_, dtype) != (None, None) and not (isinstance(hash_, str) and dtype in tuple(DTYPE_NAMES)):
         raise AdapterFormatError(
@@ -137,18 +129,65 @@ def read_training(folder: Path) -> TrainingRecord | None:
     if (folder / CONFIG_FILE).exists():
         return _read_training(_read_config(folder / CONFIG_FILE).get("trained_on"), folder)
     alone = folder / TRAINED_ON_FILE
-    return _read_training(_read_object(alone), folder) if os.path.lexists(alone) else None
+    if not os.path.lexists(alone):
+        return None
+    return _read_training(read_json(alone, MAX_CONFIG_BYTES, AdapterFormatError, _AGAIN, unique=True), folder)
 
 
 def _read_training(raw: object, folder: Path) -> TrainingRecord | None:
     probe = folder / TRAINING_FILE
-    tensors = read_safetensors(probe, MAX_PROBE_BYTES) if os.path.lexists(probe) else None
+    tensors = read_safetensors(probe, limit=MAX_PROBE_BYTES) if os.path.lexists(probe) else None
     if raw is None and tensors is None:
         return None
     try:
         return parse_record(raw, tensors)
     except AdapterFormatError as error:
         raise AdapterFormatError(f"{folder}: {error}") from None
+
+
+def _check_tensors(
+    stored: Mapping[str, Stored],
+    config: SdctConfig,
+    shapes: Mapping[str, tuple[int, int]],
+    weights: Path,
+    max_bytes: int | None,
+) -> None:
+    """Refuse what the header of the weights file shows to be no adapter, before its tensors are read."""
+    for name in sorted(stored):
+        dtype, shape = stored[name]
+        if name.endswith(VALUES_SUFFIX):
+            module = name.removesuffix(VALUES_SUFFIX)
+            if not module:
+                raise AdapterFormatError(f"{weights}: tensor {name!r} names no module; save the adapter again")
+            indices = stored.get(module + INDICES_SUFFIX)
+            if indices is None:
+                raise AdapterFormatError(
+                    f"{weights}: module {module!r} has values but no {module}{INDICES_SUFFIX}; save it again"
+                )
+            problem = layout_problem(dtype, shape, indices.dtype, indices.shape, shapes.get(module))
+            if problem:
+                raise AdapterFormatError(f"{weights}: module {module!r}: {problem}")
+        elif name.endswith(INDICES_SUFFIX):
+            if name.removesuffix(INDICES_SUFFIX) + VALUES_SUFFIX not in stored:
+                raise AdapterFormatError(
+                    f"{weights}: {name} has no matching {VALUES_SUFFIX[1:]}; save the adapter again"
+                )
+        elif not _saves(config, name):
+            raise AdapterFormatError(
+                f"{weights}: unknown tensor {name!r}: not an sDCT entry and not part of modules_to_save "
+                f"({list(config.modules_to_save or [])}) in {CONFIG_FILE}"
+            )
+        elif dtype not in DTYPE_NAMES.values():
+            raise AdapterFormatError(f"{weights}: saved parameter {name!r} has dtype {dtype}; expected a float type")
+    missing = sorted(module for module in shapes if module + VALUES_SUFFIX not in stored)
+    if missing:
+        raise AdapterFormatError(f"{weights}: {CONFIG_FILE} lists module {missing[0]!r}, but its tensors are missing")
+    size = sum(tensor.nbytes for tensor in stored.values())
+    if max_bytes is not None and size > max_bytes:
+        raise BaseMismatchError(
+            f"{weights} holds {size} bytes of tensors, far more than there is room for ({max_bytes}); export the "
+            "bundle again together with this adapter"
+        )
 
 
 def write_folder(path: str | Path, adapter: Contents) -> None:
@@ -187,31 +226,86 @@ def _saves(config: SdctConfig, parameter: str) -> bool:
     return any(config.saves(parameter.rsplit(".", depth)[0]) for depth in range(1, parameter.count(".") + 1))
 
 
-def read_safetensors(path: Path, limit: int = MAX_WEIGHTS_BYTES) -> dict[str, Array]:
-    """Tensors of a safetensors file as numpy arrays (bfloat16 through ml_dtypes), after checking its header.
+def read_safetensors(
+    path: Path,
+    check: Callable[[Mapping[str, Stored]], None] | None = None,
+    *,
+    limit: int = MAX_WEIGHTS_BYTES,
+) -> dict[str, Array]:
+    """Tensors of a safetensors file as numpy arrays (bfloat16 through ml_dtypes), in the order of the file.
 
-    `safetensors.numpy` validates offsets and overlaps; dtypes numpy lacks are viewed from the raw bytes.
+    The header is read and checked first: names, dtypes, shapes, and that the tensors fill the file without gap or
+    overlap. `check` may refuse what it says; only then are the tensors read, one after the other.
+
+    Raises:
+        AdapterFormatError: the file is missing or damaged. And whatever `check` raises.
     """
-    from safetensors import SafetensorError, deserialize
-
-    data = _read(path, limit)
-    if len(data) < 8 or struct.unpack("<Q", data[:8])[0] > min(len(data) - 8, MAX_HEADER_BYTES):
-        raise AdapterFormatError(
-            f"{path} is truncated or not a safetensors file ({len(data)} bytes); copy or save it again"
-        )
-    try:
-        parsed = deserialize(data)  # type: ignore[no-untyped-call]
-    except (SafetensorError, UnicodeDecodeError, ValueError) as error:
-        raise AdapterFormatError(
-            f"{path} is truncated or not a safetensors file ({error}); copy or save it again"
-        ) from None
-    tensors: dict[str, Array] = {}
-    for name, view in parsed:
-        dtype = _NUMPY_OF.get(view["dtype"])
-        if dtype is None:
-            raise AdapterFormatError(f"{path}: tensor {name!r} has unsupported dtype {view['dtype']}")
-        tensors[name] = np.frombuffer(bytes(view["data"]), dtype=dtype).reshape(view["shape"])
+    with open_input(path, AdapterFormatError, "copy the whole adapter folder") as (file, size):
+        if size > limit:
+            raise AdapterFormatError(f"{path} has {size} bytes; an adapter's may have up to {limit}")
+        try:
+            stored = _read_header(file, size)
+        except (ValueError, RecursionError) as error:
+            raise AdapterFormatError(
+                f"{path} is truncated or not a safetensors file ({error}); copy or save it again"
+            ) from None
+        if check is not None:
+            check(stored)
+        tensors: dict[str, Array] = {}
+        for name, tensor in stored.items():
+            data = file.read(tensor.nbytes)
+            if len(data) != tensor.nbytes:
+                raise AdapterFormatError(f"{path} was cut off while it was read; copy or save it again")
+            tensors[name] = np.frombuffer(data, tensor.dtype).reshape(tensor.shape)
     return tensors
+
+
+def _read_header(file: BinaryIO, size: int) -> dict[str, Stored]:
+    """The header of a safetensors file of `size` bytes; `file` then stands before the first tensor."""
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > size - 8:
+        raise ValueError(f"{size} bytes")
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(f"a header of {length} bytes, it may have up to {MAX_HEADER_BYTES}")
+    header = json.loads(file.read(length).decode("utf-8"))
+    if not isinstance(header, dict):
+        raise ValueError("the header is no object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata is no map of texts")
+    found = sorted(((name, *_read_stored(name, raw)) for name, raw in header.items()), key=lambda item: item[2:])
+    at = 0
+    for name, _, begin, end in found:
+        if begin != at:
+            raise ValueError(f"tensor {name!r} does not begin where the one before it ends")
+        at = end
+    if at != size - 8 - length:
+        raise ValueError(f"{size - 8 - length} bytes of tensors where the header says {at}")
+    return {name: tensor for name, tensor, _, _ in found}
+
+
+def _read_stored(name: str, raw: object) -> tuple[Stored, int, int]:
+    """A tensor's entry in a header, and where its bytes begin and end."""
+    name.encode("utf-8")
+    if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {name!r} needs dtype, shape and data_offsets")
+    dtype = _NUMPY_OF.get(raw["dtype"]) if isinstance(raw["dtype"], str) else None
+    if dtype is None:
+        raise ValueError(f"tensor {name!r} has unsupported dtype {raw['dtype']!r}")
+    shape, offsets = raw["shape"], raw["data_offsets"]
+    if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS or math.prod(filter(None, shape)) >= 2**62:
+        raise ValueError(f"tensor {name!r} has an impossible shape")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"tensor {name!r} has impossible data_offsets")
+    tensor = Stored(dtype, tuple(shape))
+    if offsets[1] - offsets[0] != tensor.nbytes:
+        raise ValueError(f"tensor {name!r} has {offsets[1] - offsets[0]} bytes, its shape {tensor.nbytes}")
+    return tensor, offsets[0], offsets[1]
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
 
 
 def encode_safetensors(tensors: dict[str, Array]) -> bytes:
@@ -224,41 +318,8 @@ def encode_safetensors(tensors: dict[str, Array]) -> bytes:
     return bytes(save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}))
 
 
-def _read(path: Path, limit: int) -> bytes:
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe would block, a device never end
-            raise AdapterFormatError(f"{path} is not a regular file; copy the whole adapter folder")
-        if status.st_size > limit:
-            raise AdapterFormatError(f"{path} has {status.st_size} bytes; an adapter's may have up to {limit}")
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise AdapterFormatError(f"{path} is missing; copy the whole adapter folder") from None
-    except OSError as error:
-        raise AdapterFormatError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"repeated field {next(n for n in names if names.count(n) > 1)!r}")
-    return fields
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    data = _read(path, MAX_CONFIG_BYTES)
-    try:
-        raw = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise AdapterFormatError(f"{path} is not valid JSON ({error}); copy or save the adapter again") from error
-    if not isinstance(raw, dict):
-        raise AdapterFormatError(f"{path} must hold a JSON object, got {type(raw).__name__}")
-    return raw
-
-
 def _read_config(path: Path) -> dict[str, Any]:
-    raw = _read_object(path)
+    raw = read_json(path, MAX_CONFIG_BYTES, AdapterFormatError, _AGAIN, unique=True)
     if raw.get("peft_type") != PEFT_TYPE:
         raise AdapterFormatError(
             f"{path}: peft_type is {raw.get('peft_type')!r}, expected {PEFT_TYPE!r}; "

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import files
 from ..errors import BaseMismatchError, SdctError, UnsupportedError
 from .model import class_for, loading_error, named_class
 
@@ -27,7 +28,7 @@ CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CHUNK_BYTES = 16 << 20
-MAX_JSON_BYTES = 256 << 20
+MAX_JSON_BYTES = 64 << 20
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_OF = {torch_dtype: name for name, torch_dtype in FLOATS.items()}
 
@@ -353,17 +354,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 def read_json(path: Path, error_type: type[SdctError] = BaseMismatchError) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint. Raises `error_type` where it is none."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise error_type(f"{path} is larger than {MAX_JSON_BYTES} bytes; it is not a checkpoint's file")
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise error_type(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise error_type(f"{path} is not valid JSON ({error}); copy the checkpoint again") from error
-    if not isinstance(raw, dict):
-        raise error_type(f"{path} must hold a JSON object, got {type(raw).__name__}")
-    return raw
+    return files.read_json(path, MAX_JSON_BYTES, error_type, "copy the checkpoint again")
 
 
 def _shards(index: Mapping[str, Any], path: Path) -> list[str]:

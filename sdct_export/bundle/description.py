@@ -9,9 +9,12 @@ tokenizer and config files       of the base, so that the folder can be served b
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from ..adapter.entries import DTYPE_NAMES
 from ..adapter.folder import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE
 from ..contract import Group, Head
 from ..errors import AdapterFormatError, ConfigError, VerificationError
-from ..files import check_adapter_name
+from ..files import check_adapter_name, open_input, read_json
 
 BUNDLE_FILE = "sdct_bundle.json"
 MODEL_FILE = "model.onnx"
@@ -28,7 +31,8 @@ DATA_FILE = "model.onnx.data"
 ADAPTERS_FOLDER = "adapters"
 PROBE_FILE = "probe.safetensors"
 BUNDLE_VERSION = 1
-MAX_BUNDLE_BYTES = 64 << 20
+MAX_BUNDLE_BYTES = 16 << 20
+_AGAIN = "export the bundle again"
 TENSOR_DTYPES = (*DTYPE_NAMES, "bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
 
 
@@ -84,22 +88,9 @@ class Bundle:
         """
         folder = Path(path)
         file = folder / BUNDLE_FILE
-        try:
-            if file.stat().st_size > MAX_BUNDLE_BYTES:
-                raise AdapterFormatError(
-                    f"{file} is larger than {MAX_BUNDLE_BYTES} bytes; this is no bundle description"
-                )
-            raw = json.loads(file.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            raise AdapterFormatError(
-                f"{folder} is no bundle: {BUNDLE_FILE} is missing; export one with sdct-export"
-            ) from None
-        except OSError as error:
-            raise AdapterFormatError(f"{file} cannot be read: {error.strerror or error}") from error
-        except (ValueError, RecursionError) as error:
-            raise AdapterFormatError(f"{file} is not valid JSON ({error}); export the bundle again") from error
-        if not isinstance(raw, dict):
-            raise AdapterFormatError(f"{file} must hold a JSON object; export the bundle again")
+        if not os.path.lexists(file):
+            raise AdapterFormatError(f"{folder} is no bundle: {BUNDLE_FILE} is missing; export one with sdct-export")
+        raw = read_json(file, MAX_BUNDLE_BYTES, AdapterFormatError, _AGAIN, unique=True)
         version = raw.pop("format_version", None)
         if isinstance(version, bool) or not isinstance(version, int) or version < 1:
             raise AdapterFormatError(f"{file}: format_version must be a positive integer, got {version!r}")
@@ -128,6 +119,27 @@ class Bundle:
         """Folder of a shipped adapter."""
         return self.path / ADAPTERS_FOLDER / name
 
+    def check_model(self) -> None:
+        """Refuse a model that is not the one described, and anything in the folder that reading would wait for.
+
+        Only the graph is hashed, not the weights in `model.onnx.data`, which `verify` does.
+
+        Raises:
+            AdapterFormatError: `model.onnx` is missing, or something in the folder is neither a file nor a folder.
+            VerificationError: `model.onnx` has another hash than the recorded one.
+        """
+        for place, _, names in os.walk(self.path):
+            for name in names:
+                with contextlib.suppress(OSError):
+                    if not stat.S_ISREG(os.stat(os.path.join(place, name)).st_mode):  # noqa: PTH116, PTH118, for speed
+                        raise AdapterFormatError(
+                            f"{Path(place, name)} is neither a file nor a folder; {_AGAIN}, or remove it"
+                        )
+        if file_sha256(self.model_path) != self.model_sha256:
+            raise VerificationError(
+                f"{self.model_path} differs from what was exported (sha256 mismatch); copy it again or {_AGAIN}"
+            )
+
     def check_adapter(self, name: str) -> None:
         """Raise `VerificationError` unless the files of a shipped adapter still have their recorded hash."""
         if adapter_sha256(self.adapter_path(name)) != self.adapters[name].sha256:
@@ -140,29 +152,33 @@ class Bundle:
 def adapter_sha256(folder: Path) -> str:
     """sha256 over an adapter folder's files, each preceded by its length."""
     digest = hashlib.sha256()
-    for name in (CONFIG_FILE, WEIGHTS_FILE, *([TRAINING_FILE] if (folder / TRAINING_FILE).exists() else [])):
-        try:
-            data = (folder / name).read_bytes()
-        except OSError as error:
-            raise AdapterFormatError(f"{folder / name} cannot be read: {error.strerror or error}") from error
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
+    for name in (CONFIG_FILE, WEIGHTS_FILE, *([TRAINING_FILE] if os.path.lexists(folder / TRAINING_FILE) else [])):
+        _hash_file(digest, folder / name, with_length=True)
     return digest.hexdigest()
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file, read in pieces."""
+    """sha256 of a file, read in pieces. Raises `AdapterFormatError` where it cannot be read."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
+    _hash_file(digest, path)
     return digest.hexdigest()
+
+
+def _hash_file(digest: Any, path: Path, *, with_length: bool = False) -> None:
+    with open_input(path, AdapterFormatError, f"copy the whole bundle, or {_AGAIN}") as (file, size):
+        if with_length:
+            digest.update(size.to_bytes(8, "little"))
+        while size > 0 and (piece := file.read(min(size, 1 << 22))):
+            digest.update(piece)
+            size -= len(piece)
 
 
 def _parse(raw: dict[str, Any]) -> dict[str, Any]:
     fields = dict(raw)
-    for name in ("kind", "task", "dtype", "base_name", "base_architecture", "base_hash", "base_hash_dtype"):
+    for name in ("kind", "task", "dtype", "base_architecture", "base_hash", "base_hash_dtype"):
         _text(raw[name], name)
+    if not isinstance(raw["base_name"], str):  # a path may hold what is no text
+        raise ValueError(f"base_name must be a string, got {raw['base_name']!r}")
     _text(raw["model_sha256"], "model_sha256")
     if raw["data_sha256"] is not None:
         _text(raw["data_sha256"], "data_sha256")
@@ -180,7 +196,7 @@ def _parse(raw: dict[str, Any]) -> dict[str, Any]:
     fields["adapters"] = {check_adapter_name(n): _adapter(record) for n, record in raw["adapters"].items()}
     for dtype in DTYPE_NAMES if fields["groups"] else ():
         for module in (m for group in fields["groups"] for m in group.modules):
-            if not isinstance(raw["module_digests"][dtype][module], str):
+            if not isinstance(digest := raw["module_digests"][dtype][module], str) or not digest.isascii():
                 raise ValueError(f"module_digests has no {dtype} digest of module {module!r}")
     return fields
 
@@ -221,6 +237,7 @@ def _adapter(raw: dict[str, Any]) -> AdapterRecord:
 def _text(value: object, what: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{what} must be a string, got {value!r}")
+    value.encode("utf-8")  # lone surrogates raise a ValueError here rather than where the name is hashed
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -30,6 +31,15 @@ def bank_layout(bundle: Bundle) -> Layout:
         layout[bias] = (DTYPE_NAMES[bundle.dtype], (head.d_out,))
         layout[present] = (np.dtype(np.float32), ())
     return layout
+
+
+def most_bytes(bundle: Bundle) -> int:
+    """Bytes of tensors beyond which no adapter's files can fit a slot: 4 times its rows, and never less than 64 MiB.
+
+    Files may hold wider types than a slot. Below that an adapter is read, and `pack` says what does not fit.
+    """
+    row = sum(dtype.itemsize * math.prod(shape) for dtype, shape in bank_layout(bundle).values())
+    return max(4 * row, 64 << 20)
 
 
 def pack(bundle: Bundle, adapter: SdctAdapter, *, label: str = "the adapter") -> dict[str, Array]:

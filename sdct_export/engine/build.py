@@ -19,7 +19,7 @@ from .. import contract
 from ..bundle.description import Bundle, file_sha256
 from ..bundle.packing import bank_layout
 from ..errors import AdapterFormatError, ConfigError, OutputError, SdctError, UnsupportedError
-from ..files import new_file
+from ..files import new_file, read_json
 from ..native import find_plugin
 from ..plugin_choice import parse_version
 
@@ -29,6 +29,7 @@ OLD_GRAPH_FILE = "model.tensorrt8.onnx"  # the same in the opset TensorRT 8 and 
 MANIFEST_VERSION = 1
 PLUGIN = "sdct_tensorrt"  # the plugin library, see `native.find_library`
 PLUGIN_NONE, PLUGIN_LIBRARY, PLUGIN_EMBEDDED = "none", "library", "embedded"
+_LARGEST_JSON = 16 << 20
 _CACHE_LIMIT = 1 << 30
 
 Range = tuple[int, int, int]  # smallest, most usual, largest
@@ -91,8 +92,8 @@ class EngineManifest:
     def load(cls, engine: Path) -> EngineManifest:
         """Read and check the manifest of `engine`. Raises `AdapterFormatError`."""
         file = manifest_path(engine)
+        raw = read_json(file, _LARGEST_JSON, AdapterFormatError, "build the engine with `sdct-export build`")
         try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
             if raw.pop("format_version") != MANIFEST_VERSION:
                 raise ValueError("another format_version")
             shapes = {
@@ -100,11 +101,7 @@ class EngineManifest:
                 for name, (low, usual, high) in raw.pop("shapes").items()
             }
             manifest = cls(**raw, shapes=shapes)
-        except OSError as error:
-            raise AdapterFormatError(
-                f"{file} cannot be read ({error.strerror or error}); build the engine with `sdct-export build`"
-            ) from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise AdapterFormatError(f"{file} is damaged ({error}); build the engine again") from error
         return manifest
 
@@ -191,8 +188,8 @@ def build_engine(
 def default_profile(bundle: Bundle) -> Profile:
     """`Profile()`, with the sequence limited to the longest the base model can read."""
     limit = None
-    with contextlib.suppress(OSError, ValueError, RecursionError):  # config.json only refines
-        config = json.loads((bundle.path / "config.json").read_text(encoding="utf-8"))
+    with contextlib.suppress(AdapterFormatError, TypeError):  # config.json only refines
+        config = read_json(bundle.path / "config.json", _LARGEST_JSON, AdapterFormatError, "export the bundle again")
         limit = config.get("max_position_embeddings") or config.get("n_positions")
         if config.get("model_type") in ("roberta", "xlm-roberta", "camembert") and isinstance(limit, int):
             limit -= config.get("pad_token_id", 1) + 1  # their positions start behind the padding index

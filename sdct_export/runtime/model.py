@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from .. import contract, native
 from ..adapter.adapter import SdctAdapter
 from ..adapter.entries import Array
 from ..bundle.description import Bundle, TensorSpec
-from ..bundle.packing import bank_layout, label_count, pack
+from ..bundle.packing import Layout, bank_layout, label_count, most_bytes, pack
 from ..errors import AdapterFormatError, ConfigError, SdctError, UnsupportedError
 from ..files import check_adapter_name
 from .bank import AdapterInfo, Bank, Memory
@@ -44,6 +44,7 @@ class Backend(Memory[T], Protocol):
 
     inputs: dict[str, tuple[int | str | None, ...]]
     outputs: tuple[str, ...]
+    graph: Mapping[str, TensorSpec] | None  # inputs and outputs as the file says, None for an engine of one's own
     native: bool  # adapters run through the operator or plugin, not through the portable function in the file
 
     def run(self, inputs: Mapping[str, Array], bank: Mapping[str, T]) -> dict[str, Array]:
@@ -68,7 +69,7 @@ class MultiAdapterModel:
         engine: the engine file, default `model.engine` in the bundle; TensorRT only.
 
     Raises:
-        AdapterFormatError: the bundle is damaged. VerificationError: one of its adapters was changed.
+        AdapterFormatError: the bundle is damaged. VerificationError: its graph or one of its adapters was changed.
         ConfigError: an option has no such value. UnsupportedError: the backend or device is not available.
     """
 
@@ -108,8 +109,9 @@ class MultiAdapterModel:
                     f"{self.bundle.path}: ONNX Runtime cannot run a {self.bundle.dtype} bundle; "
                     "export it in float32 or float16"
                 )
-            loaded = OrtBackend(self.bundle.model_path, device or "cpu", threads)
-        self._check_graph(loaded, [*layout])
+            self.bundle.check_model()
+            loaded = OrtBackend(self.bundle.model_path, device or "cpu", threads, self.bundle.groups)
+        self._check_graph(loaded, layout)
         self._gone = ""  # why the model cannot be used any more
         self._parts: tuple[Backend[Any], Bank[Any] | None] | None = (loaded, None)
         if self.bundle.kind == "multi":
@@ -242,21 +244,41 @@ class MultiAdapterModel:
     def _pack(self, name: str, adapter: SdctAdapter | str | Path) -> tuple[Mapping[str, Array], int, int | None]:
         """What the bank keeps of an adapter: its rows, and its numbers of parameters and labels."""
         if not isinstance(adapter, SdctAdapter):
-            adapter = SdctAdapter.load(adapter)
+            adapter = SdctAdapter.load(adapter, max_bytes=most_bytes(self.bundle))
         rows = pack(self.bundle, adapter, label=f"adapter {name!r}")
         return rows, adapter.n_parameters, label_count(self.bundle, adapter)
 
-    def _check_graph(self, backend: Backend[Any], bank: list[str]) -> None:
-        expected = {spec.name for spec in self.bundle.inputs} | set(bank)
+    def _check_graph(self, backend: Backend[Any], layout: Layout) -> None:
+        """Raise `AdapterFormatError` unless the graph has the inputs, outputs and bank that the description says."""
+        inputs = {spec.name: spec for spec in self.bundle.inputs}
         if self.bundle.kind == "multi":
-            expected |= {contract.ADAPTER_IDS, contract.ADAPTER_SCALES}
-        differ = sorted(expected ^ set(backend.inputs))
-        differ += sorted({spec.name for spec in self.bundle.outputs} ^ set(backend.outputs))
+            blend = (contract.BATCH, contract.BLEND)
+            inputs[contract.ADAPTER_IDS] = TensorSpec(contract.ADAPTER_IDS, "int32", blend)
+            inputs[contract.ADAPTER_SCALES] = TensorSpec(contract.ADAPTER_SCALES, "float32", blend)
+            inputs |= {n: TensorSpec(n, dtype.name, (contract.SLOTS, *shape)) for n, (dtype, shape) in layout.items()}
+        outputs = {spec.name: spec for spec in self.bundle.outputs}
+        differ = sorted(set(inputs) ^ set(backend.inputs)) + sorted(set(outputs) ^ set(backend.outputs))
         if differ:
-            raise AdapterFormatError(
-                f"{self.bundle.path}: the model and its description disagree about {differ[0]!r}; "
-                "export the bundle again"
-            )
+            self._disagree(differ[0], "which only one of them has")
+        for name, found in (backend.graph or {}).items():
+            told = inputs.get(name) or outputs[name]
+            if (found.dtype, _extents(found)) != (told.dtype, _extents(told)):
+                self._disagree(name, f"{_format(told)} in the description, {_format(found)} in the model")
+
+    def _disagree(self, name: str, how: str) -> NoReturn:
+        raise AdapterFormatError(
+            f"{self.bundle.path}: the model and its description disagree about {name!r}, {how}; "
+            "export the bundle again"
+        )
+
+
+def _extents(spec: TensorSpec) -> tuple[int | None, ...]:
+    """The shape with symbolic dimensions as None, whatever their names."""
+    return tuple(extent if isinstance(extent, int) else None for extent in spec.shape)
+
+
+def _format(spec: TensorSpec) -> str:
+    return f"{spec.dtype} [{', '.join(map(str, spec.shape))}]"
 
 
 _FORKED = (

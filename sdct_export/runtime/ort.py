@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,14 @@ import numpy as np
 
 from .. import native
 from ..adapter.entries import Array
+from ..bundle.description import DATA_FILE, TensorSpec
+from ..contract import Group
 from ..errors import AdapterFormatError, ConfigError, SdctError, UnsupportedError
+
+_NUMPY_NAMES = {"float": "float32", "double": "float64"}  # ONNX Runtime's names of element types where they differ
+_BODY_NODES = 32 << 10  # bytes of the nodes of one projection in the portable body; seen: 25 to 31 KiB
+_BASE_NODES = 64 << 20  # what a base model may expand by itself
+_BYTES_PER_FILE_BYTE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +40,10 @@ class OrtBackend:
         model: the ONNX file.
         device: `cpu`, `cuda` or `cuda:N`.
         threads: threads within an operator, None for ONNX Runtime's choice.
+        groups: those of the bundle, whose portable bodies the model may expand to (see `expansion_limit`).
 
-    `native` says whether adapters run through the native operator; else it is the portable function in the file.
+    `graph` holds what the file says of the inputs and outputs. `native` says whether adapters run through the native
+    operator; else it is the portable function in the file.
 
     Raises:
         ConfigError: `device` or `threads` has no such value.
@@ -41,7 +51,9 @@ class OrtBackend:
         AdapterFormatError: the file is missing or ONNX Runtime cannot load it.
     """
 
-    def __init__(self, model: Path, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self, model: Path, device: str = "cpu", threads: int | None = None, groups: Sequence[Group] = ()
+    ) -> None:
         import onnxruntime
 
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
@@ -52,8 +64,7 @@ class OrtBackend:
             raise AdapterFormatError(f"{model} is missing; copy the whole bundle or export it again")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors reach the user as exceptions, not as log lines beside them
-        # the portable body's matrices are copied into every node; adapters on all layers of a large model exceed 1 GiB
-        options.add_session_config_entry("session.function_expansion_byte_limit", str(1 << 40))
+        options.add_session_config_entry("session.function_expansion_byte_limit", str(expansion_limit(model, groups)))
         self.native = native.register_operator(options, self._device)
         if threads is not None:
             options.intra_op_num_threads = threads
@@ -71,10 +82,10 @@ class OrtBackend:
                 "(nvidia-smi) and install the CUDA and cuDNN libraries it was built for: "
                 "pip install 'onnxruntime-gpu[cuda,cudnn]'"
             )
-        self.inputs: dict[str, tuple[int | str | None, ...]] = {
-            i.name: tuple(i.shape) for i in self._session.get_inputs()
-        }
-        self.outputs: tuple[str, ...] = tuple(o.name for o in self._session.get_outputs())
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        self.graph: Mapping[str, TensorSpec] | None = {value.name: _spec(value) for value in (*inputs, *outputs)}
+        self.inputs: dict[str, tuple[int | str | None, ...]] = {i.name: tuple(i.shape) for i in inputs}
+        self.outputs: tuple[str, ...] = tuple(o.name for o in outputs)
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> OrtTensor:
         """A bank tensor of zeros on the device. Raises `MemoryError`."""
@@ -137,6 +148,43 @@ class OrtBackend:
             ("CUDAExecutionProvider", {"device_id": str(self._device_id), "use_tf32": "0"}),
             "CPUExecutionProvider",
         ]
+
+
+def expansion_limit(model: Path, groups: Sequence[Group]) -> int:
+    """Most bytes that ONNX Runtime may expand the functions in `model` to: twice what its groups need, and some.
+
+    Its own limit of 1 GiB is too low for adapters on all layers of a large model, since every node gets the tables of
+    its transforms to itself; with no limit, a file of 1 MB can fill the memory. Tables and adapted weights are of one
+    size within a small factor, so 16 times the size of the files is enough whatever a description claims.
+    """
+    files = (model, model.with_name(DATA_FILE))
+    most = _BYTES_PER_FILE_BYTE * sum(file.stat().st_size for file in files if file.is_file())
+    needed = 0
+    for length in (length for group in groups for length in (group.d_in, *group.d_out)):
+        needed += 2 * (table_bytes(length) + _BODY_NODES)
+        if needed > most:
+            return _BASE_NODES + most
+    return _BASE_NODES + needed
+
+
+def table_bytes(length: int) -> int:
+    """At most so many bytes are the tables of one transform in `graph.function_body`, at least a third of that.
+
+    float32 matrices of `length` times the multiplications an element takes (those of the cheapest factorisation
+    `N1 N2`, and 64 more where that is not worth it), and three numbers an element to order them.
+    """
+    cheapest = length
+    for n in (n for n in range(2, math.isqrt(length) + 1) if length % n == 0):
+        for n1, n2 in ((n, length // n), (length // n, n)):
+            products = n1 // 2 + 1
+            cheapest = min(cheapest, 2 * products + math.ceil(4 * products * n2 / n1) + 64)
+    return 4 * length * cheapest + 12 * length
+
+
+def _spec(value: Any) -> TensorSpec:
+    """What a session says of an input or output, unnamed dimensions as an empty name."""
+    kind = re.sub(r"^tensor\((.*)\)$", r"\1", value.type)
+    return TensorSpec(value.name, _NUMPY_NAMES.get(kind, kind), tuple(d if d is not None else "" for d in value.shape))
 
 
 def _parse_device(device: str) -> tuple[str, int]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import io
+import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -14,9 +16,12 @@ from ..adapter.entries import Array
 from ..adapter.folder import read_training
 from ..bundle.description import Bundle
 from ..errors import AdapterFormatError, ConfigError
-from ..files import new_file
+from ..files import new_file, open_input, read_input, read_json
 
 _CLASSIFIERS = ("SEQ_CLS", "IMAGE_CLS")
+_LARGEST_HEADER = 20_000  # of a .npy file; numpy's own limit is 10,000
+_LARGEST_JSON = 16 << 20
+_LARGEST_TOKENIZER = 256 << 20
 _LARGEST_LENGTH = 1 << 20  # tokenizers without a limit record an astronomical one
 
 
@@ -38,8 +43,8 @@ def encode_text(bundle: Bundle, texts: Sequence[str], pairs: Sequence[str] | Non
         pairs: the second text of each row, for models that read two.
 
     Raises:
-        ConfigError: the bundle has no tokenizer, takes other inputs than text, a text has no token, or there are not
-            as many pairs as texts.
+        ConfigError: the bundle has no tokenizer, takes other inputs than text, a text is no UTF-8 or has no token, or
+            there are not as many pairs as texts.
         AdapterFormatError: `tokenizer.json` is damaged.
     """
     from tokenizers import Tokenizer
@@ -47,10 +52,14 @@ def encode_text(bundle: Bundle, texts: Sequence[str], pairs: Sequence[str] | Non
     if pairs is not None and len(pairs) != len(texts):
         raise ConfigError(f"there are {len(texts)} texts but {len(pairs)} second texts; give one for each")
     file = bundle.path / "tokenizer.json"
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise ConfigError(f"{bundle.path} has no tokenizer.json; pass arrays instead, e.g. --input input_ids=ids.npy")
+    data = read_input(file, _LARGEST_TOKENIZER, AdapterFormatError, "export the bundle again")
+    for text in [*texts, *(pairs or ())]:
+        if any(0xD800 <= ord(c) <= 0xDFFF for c in text):
+            raise ConfigError(f"the text {text!r} holds bytes that are no UTF-8; give it in UTF-8")
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_buffer(data)
     except Exception as error:  # tokenizers raises nothing more specific
         raise AdapterFormatError(f"{file} cannot be read ({error}); export the bundle again") from error
     settings = _read_json(bundle.path / "tokenizer_config.json")
@@ -118,16 +127,39 @@ def top_labels(
 
 def read_arrays(files: Mapping[str, str | Path]) -> dict[str, Array]:
     """Arrays from `.npy` files by input name. Raises `ConfigError` where a file holds no array."""
-    arrays = {}
-    for name, file in files.items():
+    return {name: _read_array(name, Path(file)) for name, file in files.items()}
+
+
+def _read_array(name: str, path: Path) -> Array:
+    with open_input(path, ConfigError, f"input {name!r} needs a .npy file") as (file, size):
+        if file.read(2) == b"PK":
+            raise ConfigError(f"input {name!r}: {path} is an archive; give one .npy file per input")
+        file.seek(0)
+        head = io.BytesIO(file.read(_LARGEST_HEADER))
         try:
-            array = np.load(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise ConfigError(f"input {name!r}: cannot read an array from {file}: {error}") from error
-        if not isinstance(array, np.ndarray):
-            raise ConfigError(f"input {name!r}: {file} is an archive; give one .npy file per input")
-        arrays[name] = array
-    return arrays
+            shape, fortran, dtype = _read_header(head)
+            if dtype.hasobject:
+                raise ValueError("it holds Python objects, not numbers")
+            file.seek(head.tell())
+            wanted, there = dtype.itemsize * math.prod(shape), size - head.tell()
+            if wanted != there:
+                raise ValueError(f"its header promises {wanted} bytes, {there} follow")
+            flat: Array = np.frombuffer(file.read(wanted), dtype)
+            return flat.reshape(shape, order="F" if fortran else "C")
+        except Exception as error:  # a hostile header makes numpy raise errors of many kinds
+            raise ConfigError(
+                f"input {name!r}: cannot read an array from {path}: {error or type(error).__name__}"
+            ) from error
+
+
+def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether columns come first, and dtype. Raises whatever numpy raises."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"format version {version} is not one of numbers")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    return shape, fortran, dtype
 
 
 def write_arrays(path: str | Path, arrays: Mapping[str, Array]) -> None:
@@ -156,7 +188,6 @@ def _label_names(bundle: Bundle, count: int) -> dict[int, str]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # these files only refine; without them defaults hold
+        return read_json(file, _LARGEST_JSON, AdapterFormatError, "export the bundle again")
+    except AdapterFormatError:  # these files only refine; without them defaults hold
         return {}
-    return content if isinstance(content, dict) else {}

@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from ..adapter.entries import Array
-from ..bundle.description import Bundle, file_sha256
+from ..bundle.description import Bundle, TensorSpec, file_sha256
 from ..engine.build import ENGINE_FILE, PLUGIN, PLUGIN_EMBEDDED, PLUGIN_LIBRARY, EngineManifest, Log, load_plugin
 from ..errors import AdapterFormatError, ConfigError, SdctError, UnsupportedError
 from ..native import find_plugin
@@ -213,6 +213,7 @@ class TrtBackend:
         is_input = {n: self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT for n in names}
         self._reads = [n for n in names if is_input[n]]  # TensorRT leaves out inputs that have no effect
         self.outputs: tuple[str, ...] = tuple(n for n in names if not is_input[n])
+        self.graph: Mapping[str, TensorSpec] | None = None  # the manifest is compared instead
         self._dtypes = {n: self._dtype(n) for n in names}
         self._copies = self._cuda("StreamCreateWithFlags", self._cuda.api.cudaStreamNonBlocking)
         self._copied = self._cuda("EventCreateWithFlags", self._cuda.api.cudaEventDisableTiming)

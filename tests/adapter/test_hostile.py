@@ -238,14 +238,14 @@ def test_things_that_are_not_files(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    folder, read = write(tmp_path / "a"), Path.read_bytes
+    folder, opened = write(tmp_path / "a"), os.open
 
-    def refuse(self: Path) -> bytes:
-        if self.name == name:
+    def refuse(path: Any, *args: Any, **kwargs: Any) -> int:
+        if Path(path).name == name:
             raise PermissionError(13, "Permission denied")
-        return read(self)
+        return opened(path, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(AdapterFormatError, match=rf"{name} cannot be read: Permission denied"):
         SdctAdapter.load(folder)
 

@@ -215,7 +215,7 @@ def test_run_says_what_is_wrong(bundle: Path, tmp_path: Path) -> None:
     assert "no adapter named 'c' is loaded" in fails("run", bundle, "--text", "a", "--adapter", "c=0.5+a=0.5")
     assert "finite" in fails("run", bundle, "--text", "a", "--adapter", "a=nan")
     assert "2 entries for a batch of 3" in fails("run", bundle, *["--text=a"] * 3, *["--adapter=a"] * 2)
-    assert "cannot read an array" in fails("run", bundle, "--input", f"input_ids={tmp_path / 'x.npy'}")
+    assert "x.npy is missing" in fails("run", bundle, "--input", f"input_ids={tmp_path / 'x.npy'}")
     assert "exists already" in fails("run", bundle, "--text", "a", "--output", tmp_path / "there.npz")
     assert (tmp_path / "there.npz").read_text() == "mine"
     assert "is no bundle" in fails("run", tmp_path, "--text", "a")

@@ -434,10 +434,10 @@ def test_the_command_reports_json(merged: Bundle, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"format_version": 9}'])
 def test_damaged_manifests(tmp_path: Path, damage: str) -> None:
     engine = tmp_path / "x.engine"
-    with pytest.raises(AdapterFormatError, match=r"cannot be read .*; build the engine with"):
+    with pytest.raises(AdapterFormatError, match="is missing; build the engine with"):
         EngineManifest.load(engine)
     manifest_path(engine).write_text(damage)
-    with pytest.raises(AdapterFormatError, match="is damaged"):
+    with pytest.raises(AdapterFormatError, match=r"is damaged|is not valid JSON|must hold a JSON object"):
         EngineManifest.load(engine)
 
 

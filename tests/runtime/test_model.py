@@ -16,7 +16,7 @@ import pytest
 from tiny_bundle import LABELS, WEIGHTS, make_adapter, make_inputs, reference, write_bundle
 
 from sdct_export.adapter.adapter import SdctAdapter
-from sdct_export.bundle.description import Bundle
+from sdct_export.bundle.description import Bundle, file_sha256
 from sdct_export.errors import (
     AdapterFormatError,
     BaseMismatchError,
@@ -330,7 +330,7 @@ def test_merged_bundles_run_without_adapters(tmp_path: Path) -> None:
 def test_constructor_options(folder: Path) -> None:
     assert MultiAdapterModel(Bundle.load(folder), threads=2).adapters.keys() == SHIPPED.keys()
     for options, error, message in [
-        ({"backend": "tensorrt"}, AdapterFormatError, "model.engine.json cannot be read"),
+        ({"backend": "tensorrt"}, AdapterFormatError, "model.engine.json is missing; build the engine with"),
         ({"backend": "tensorrt", "device": "cpu"}, ConfigError, "runs on device 'cuda' or 'cuda:N', got 'cpu'"),
         ({"backend": "tensorrt", "threads": 2}, ConfigError, "threads is for backend='onnxruntime'"),
         ({"engine": "x.engine"}, ConfigError, "engine is for backend='tensorrt'"),
@@ -366,6 +366,9 @@ def test_a_changed_or_damaged_bundle_is_refused(tmp_path: Path) -> None:
     folder = write_bundle(tmp_path / "truncated")
     model = folder / "model.onnx"
     model.write_bytes(model.read_bytes()[:1000])
+    with pytest.raises(VerificationError, match=r"model\.onnx differs from what was exported"):
+        MultiAdapterModel(folder)
+    record_hash(folder)
     with pytest.raises(AdapterFormatError, match=r"model\.onnx: ONNX Runtime .* cannot load it"):
         MultiAdapterModel(folder)
     model.unlink()
@@ -375,8 +378,14 @@ def test_a_changed_or_damaged_bundle_is_refused(tmp_path: Path) -> None:
     folder = write_bundle(tmp_path / "foreign")
     other = write_bundle(tmp_path / "headless", head=False)
     (folder / "model.onnx").write_bytes((other / "model.onnx").read_bytes())
-    with pytest.raises(AdapterFormatError, match=r"disagree about 'sdct\.classifier\.bias'; export the bundle again"):
+    record_hash(folder)
+    with pytest.raises(AdapterFormatError, match=r"disagree about 'sdct\.classifier\.bias', which only one"):
         MultiAdapterModel(folder)
+
+
+def record_hash(folder: Path) -> None:
+    """Let the description of a bundle name the graph that is there now."""
+    dataclasses.replace(Bundle.load(folder), model_sha256=file_sha256(folder / "model.onnx")).write(folder)
 
 
 def test_bank_tensors_share_the_memory_onnx_runtime_reads(folder: Path) -> None:
@@ -469,6 +478,7 @@ def test_float16_inputs_round_to_the_type_of_the_model(tmp_path: Path) -> None:
     model = onnx.load(folder / "model.onnx")
     model.graph.input[1].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
     onnx.save(model, folder / "model.onnx")
+    record_hash(folder)
     bundle = Bundle.load(folder)
     runner = MultiAdapterModel(dataclasses.replace(bundle, inputs=(bundle.inputs[0], spec)))
     got = [runner.run({"input_ids": IDS, "attention_mask": MASK.astype(t)})["logits"] for t in ("f4", "f8", "f2")]

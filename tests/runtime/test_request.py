@@ -115,6 +115,8 @@ def test_files_that_hold_no_array(tmp_path: Path) -> None:
     np.save(tmp_path / "pickled.npy", np.array([{}], dtype=object), allow_pickle=True)
     (tmp_path / "empty.npy").write_bytes(b"")
     (tmp_path / "text.npy").write_text("1 2 3")
-    for name in ("pickled.npy", "empty.npy", "text.npy", "missing.npy"):
+    with pytest.raises(ConfigError, match=r"missing\.npy is missing; input 'x' needs"):
+        read_arrays({"x": tmp_path / "missing.npy"})
+    for name in ("pickled.npy", "empty.npy", "text.npy"):
         with pytest.raises(ConfigError, match="'x': cannot read an array from"):
             read_arrays({"x": tmp_path / name})

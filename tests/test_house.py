@@ -16,7 +16,7 @@ import sdct_export
 PACKAGE = Path(sdct_export.__file__).parent
 # the way of an adapter through the house; a room may import those before it and its own modules
 ROOMS = [
-    {"errors", "contract", "files", "native", "plugin_choice", "lazy"},
+    {"errors", "contract", "files", "native", "plugin_choice", "lazy", "signals"},
     {"spectral"},
     {"adapter"},
     {"base"},
@@ -29,6 +29,7 @@ ROOMS = [
     {"verify", "doctor"},
     {"serve"},
     {"cli"},
+    {"__main__"},
 ]
 FLOOR = {name: floor for floor, rooms in enumerate(ROOMS) for name in rooms}
 MODULES = sorted(PACKAGE.rglob("*.py")) + sorted(PACKAGE.rglob("*.pyi"))

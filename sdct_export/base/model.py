@@ -142,7 +142,7 @@ def loading_error(what: str, error: Exception) -> SdctError:
             f"{what}: it needs custom code (auto_map in its config.json), which is never run; use a base model that "
             "transformers itself has a class for"
         )
-    return BaseMismatchError(f"{what}: {error}")
+    return BaseMismatchError(f"{what}: {str(error) or type(error).__name__}")
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:

@@ -10,7 +10,7 @@ from .. import __version__
 from .build import build
 from .doctor import doctor
 from .inspect import inspect
-from .output import Main, busy, importable_here, print_json
+from .output import Main, busy, importable_here, print_json, printable
 from .project import project
 from .run import run
 from .verify import verify
@@ -179,7 +179,7 @@ def _report(result: dict[str, object], as_json: bool) -> None:
         return
     adapters = result.get("adapters")
     detail = f", adapters: {', '.join(map(str, adapters))}" if isinstance(adapters, list) and adapters else ""
-    click.echo(f"wrote {result['output']} ({int(str(result['bytes'])) / 1e6:.1f} MB{detail})")
+    click.echo(f"wrote {printable(str(result['output']))} ({int(str(result['bytes'])) / 1e6:.1f} MB{detail})")
 
 
 for _command in (project, inspect, verify, build, run, doctor):

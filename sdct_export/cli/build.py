@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .output import busy, print_json
+from .output import busy, print_json, printable
 
 
 class RangeType(click.ParamType):  # type: ignore[type-arg, unused-ignore]
@@ -76,4 +76,6 @@ def build(
     if as_json:
         print_json({"output": str(engine)} | dataclasses.asdict(manifest))
     else:
-        click.echo(f"wrote {engine} ({engine.stat().st_size / 1e6:.1f} MB, TensorRT {manifest.tensorrt})")
+        click.echo(
+            f"wrote {printable(str(engine))} ({engine.stat().st_size / 1e6:.1f} MB, TensorRT {manifest.tensorrt})"
+        )

@@ -69,7 +69,7 @@ def _show_adapter(path: Path, plot: Path | None, as_json: bool) -> None:
     for name, value in adapter.config.to_dict().items():
         text = ", ".join(value) if isinstance(value, list) else value
         click.echo(f"{name}: {'-' if text is None else printable(str(text))}")
-    click.echo(f"base_hash: {adapter.base_hash or '-'}")
+    click.echo(f"base_hash: {printable(adapter.base_hash or '-')}")
     click.echo(f"parameters: {adapter.n_parameters}\n")
     print_table(
         ["module", "shape", "n", "energy", "share per band, %", "largest"],
@@ -91,7 +91,7 @@ def _show_adapter(path: Path, plot: Path | None, as_json: bool) -> None:
         saved = [(name, " x ".join(map(str, a.shape)), a.dtype) for name, a in adapter.saved.items()]
         print_table(["saved in full", "shape", "dtype"], saved)
     if plot:
-        click.echo(f"wrote {plot}")
+        click.echo(f"wrote {printable(str(plot))}")
 
 
 def _signature(specs: Sequence[TensorSpec]) -> str:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,28 +13,58 @@ from typing import Any
 
 import click
 
+from .. import signals
 from ..errors import SdctError
+
+# what libraries say in errors of their own where the memory does not suffice
+_NO_MEMORY = ("allocate memory", "out of memory", "failed to allocate", "map segment", "bad_alloc", "start new thread")
 
 
 class Main(click.Group):
-    """A group whose commands end with `error: ...` on standard error and exit code 1 where the user can mend it."""
+    """A group whose commands end with one line `error: ...` on standard error.
+
+    The exit code is 1 where the user can mend it, and 128 + its number where a signal ended the command.
+    """
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line."""
+        with signals.handled():
+            try:
+                return super().main(*args, **kwargs)
+            except signals.Interrupted as stop:
+                line, code = str(stop), 128 + stop.number
+            except (Exception, SystemExit) as error:
+                stopped = signals.received()  # on its way it may have become another error, or none
+                found = str(stopped) if stopped else _line(error)
+                if found is None:
+                    raise
+                line, code = found, 128 + stopped.number if stopped else 1
+            # here the error and the frames it holds are gone, since memory may be short
+            click.echo(f"error: {printable(line)}", err=True)
+            sys.exit(code)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
-        if threading.current_thread() is threading.main_thread():
-            # end like Ctrl-C, so that unfinished outputs are removed
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            with warnings.catch_warnings():
-                warnings.showwarning = lambda message, *_, **__: click.echo(
-                    f"warning: {printable(str(message))}", err=True
-                )
-                return super().invoke(ctx)
-        except (SdctError, OSError) as error:
-            if isinstance(error, BrokenPipeError):  # the reader of a pipe has gone; click ends quietly
-                raise
-            click.echo(f"error: {printable(str(error))}", err=True)
-            ctx.exit(1)
+        """Run the command; warnings are lines, too."""
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: click.echo(
+                f"warning: {printable(str(message))}", err=True
+            )
+            return super().invoke(ctx)
+
+
+def _line(error: BaseException) -> str | None:
+    """What to say of an error that the user can mend, None for any other."""
+    if isinstance(error, SystemExit):
+        return None
+    if isinstance(error, SdctError | OSError):
+        return str(error)
+    whole = str(error).strip() or type(error).__name__
+    text = whole.splitlines()[0]
+    if isinstance(error, MemoryError) or any(words in whole.lower() for words in _NO_MEMORY):
+        return f"not enough memory ({text}); free some, or use a machine with more"
+    if isinstance(error, UnicodeEncodeError):
+        return f"a name or text is not valid Unicode ({text}); rename it"
+    return None
 
 
 def print_json(value: object) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .output import print_json, print_table
+from .output import print_json, print_table, printable
 
 
 @click.command(
@@ -73,8 +73,8 @@ def project(
     print_table(["module", "shape", "n", "energy kept", "relative error"], rows, right=(2, 3, 4))
     for title, names in (("saved in full", report.saved), ("not carried over", report.ignored)):
         if names:
-            click.echo(f"{title}: {', '.join(names)}")
+            click.echo(printable(f"{title}: {', '.join(names)}"))
     click.echo(
-        f"wrote {output}: {adapter.n_parameters} parameters, energy kept {report.retained_energy:.1%}, "
-        f"relative error {report.relative_error:.3f}"
+        f"wrote {printable(str(output))}: {adapter.n_parameters} parameters, "
+        f"energy kept {report.retained_energy:.1%}, relative error {report.relative_error:.3f}"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .output import print_json, print_table
+from .output import print_json, print_table, printable
 
 
 @click.command(
@@ -81,7 +81,7 @@ def run(
         shapes = [(name, " x ".join(map(str, array.shape)), array.dtype) for name, array in result.items()]
         print_table(["output", "shape", "dtype"], shapes)
     if output:
-        click.echo(f"wrote {output}")
+        click.echo(f"wrote {printable(str(output))}")
 
 
 def _parse_adapters(text: str) -> dict[str, float] | None:

@@ -20,6 +20,7 @@ from ..files import new_file, open_input, read_input, read_json
 
 _CLASSIFIERS = ("SEQ_CLS", "IMAGE_CLS")
 _LARGEST_HEADER = 20_000  # of a .npy file; numpy's own limit is 10,000
+_MOST_DIMENSIONS = 32
 _LARGEST_JSON = 16 << 20
 _LARGEST_TOKENIZER = 256 << 20
 _LARGEST_LENGTH = 1 << 20  # tokenizers without a limit record an astronomical one
@@ -138,18 +139,19 @@ def _read_array(name: str, path: Path) -> Array:
         head = io.BytesIO(file.read(_LARGEST_HEADER))
         try:
             shape, fortran, dtype = _read_header(head)
-            if dtype.hasobject:
-                raise ValueError("it holds Python objects, not numbers")
-            file.seek(head.tell())
             wanted, there = dtype.itemsize * math.prod(shape), size - head.tell()
+            if dtype.hasobject or not dtype.itemsize:
+                raise ValueError(f"{dtype} is no type of numbers")
+            if len(shape) > _MOST_DIMENSIONS or min(shape, default=0) < 0 or math.prod(filter(None, shape)) >= 2**62:
+                raise ValueError("its shape is impossible")
             if wanted != there:
                 raise ValueError(f"its header promises {wanted} bytes, {there} follow")
-            flat: Array = np.frombuffer(file.read(wanted), dtype)
-            return flat.reshape(shape, order="F" if fortran else "C")
         except Exception as error:  # a hostile header makes numpy raise errors of many kinds
-            raise ConfigError(
-                f"input {name!r}: cannot read an array from {path}: {error or type(error).__name__}"
-            ) from error
+            reason = str(error) or type(error).__name__
+            raise ConfigError(f"input {name!r}: cannot read an array from {path}: {reason}") from error
+        file.seek(head.tell())
+        flat: Array = np.frombuffer(file.read(wanted), dtype)
+        return flat.reshape(shape, order="F" if fortran else "C")
 
 
 def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

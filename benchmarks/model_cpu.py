@@ -174,6 +174,7 @@ class Case:
         inputs: dict[str, Array] = {
             "input_ids": rng.integers(0, config.vocab_size, (ROWS, self.tokens)),
             "attention_mask": np.ones((ROWS, self.tokens), np.int64),
+            "token_type_ids": np.zeros((ROWS, self.tokens), np.int64),  # of a BERT; the other has no such input
             contract.ADAPTER_SCALES: np.ones((ROWS, 1), np.float32),
         }
         packed = [pack(self.bundle, adapter) for adapter in self.adapters.values()]

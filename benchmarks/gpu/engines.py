@@ -112,6 +112,7 @@ class Measurement:
         """What both bundles read, for a batch of this size."""
         ids = np.random.default_rng(batch).integers(0, VOCABULARY, (batch, sequence))
         whole = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.indices(ids.shape)[1]}
+        whole["token_type_ids"] = np.zeros_like(ids)
         return {spec.name: whole[spec.name] for spec in self.multi.bundle.inputs}
 
     def correct(self) -> None:

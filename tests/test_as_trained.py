@@ -496,3 +496,15 @@ def test_pairs_of_texts_and_names_of_labels(body: Path, tmp_path: Path) -> None:
     ran = shell("run", tmp_path / "multi", "--text", "a", "--text", "b", "--text-pair", "c")
     assert ran.exit_code == 2
     assert "one --text-pair for each --text" in ran.stderr
+
+
+def test_a_running_bundle_takes_no_adapter_of_another_class(
+    mean_pooled: tuple[SdctModel, Path], body: Path, tmp_path: Path
+) -> None:
+    stock = trained(get_sdct_model(_fresh(body), config(["query", "value"])))
+    export_multi(body, {"stock": stock.adapter()}, tmp_path / "out")
+    model = MultiAdapterModel(tmp_path / "out")
+    with pytest.raises(BaseMismatchError, match="trained on a MeanPooled, this bundle was exported from a BertForSeq"):
+        model.load_adapter("mine", mean_pooled[1])
+    assert list(model.adapters) == ["stock"]
+    model.load_adapter("again", stock.adapter())

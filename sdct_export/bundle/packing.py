@@ -52,8 +52,15 @@ def pack(bundle: Bundle, adapter: SdctAdapter, *, label: str = "the adapter") ->
 
     Raises:
         BaseMismatchError: the adapter touches a module the bundle has no bank for, differs in shape, has more
-            coefficients or labels than the bank holds, or was trained on other base weights.
+            coefficients or labels than the bank holds, or was trained on another class or other base weights.
     """
+    record = adapter.trained_on
+    trained = bundle.base_architecture if record is None else record.model_class.partition(":")[2].split(".")[-1]
+    if trained != bundle.base_architecture:
+        raise BaseMismatchError(
+            f"{label} was trained on a {trained}, this bundle was exported from a {bundle.base_architecture}; "
+            "export a bundle of that class"
+        )
     _check_modules(bundle, adapter, label)
     layout = bank_layout(bundle)
     rows = {name: np.zeros(shape, dtype) for name, (dtype, shape) in layout.items()}

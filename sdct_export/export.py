@@ -8,6 +8,7 @@ import functools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -103,6 +104,11 @@ def export_merged(
     (merged,) = named.values()
     exported = _export_dtype(base, dtype)
     merge(base.model.float(), merged)
+    labels = None if merged.trained_on is None else merged.trained_on.id2label
+    config: Any = getattr(base.model, "config", None)
+    if labels is not None and config is not None:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
     base.model.to(DTYPES[exported])
     with new_folder(output) as folder:
         graph = trace(base.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -29,6 +30,7 @@ from sdct_export import (
     get_sdct_model,
     merge_checkpoint,
 )
+from sdct_export.adapter.folder import encode_safetensors, read_safetensors
 from sdct_export.adapter.training import TrainingProbe, positions, scattered
 from sdct_export.base.training import class_name, fresh_parameters
 from sdct_export.bundle.description import adapter_sha256
@@ -161,8 +163,12 @@ def test_verify_finds_a_bundle_of_another_class(
     assert failed(tmp_path / "out") == []
     shutil.rmtree(tmp_path / "out" / "adapters" / "mine")
     shutil.copytree(adapter, tmp_path / "out" / "adapters" / "mine")
+    told = (
+        tmp_path / "out" / "adapters" / "mine" / "adapter_config.json"
+    )  # it names the stock class; its numbers do not
+    told.write_text(told.read_text().replace("pooled_class:MeanPooled", "transformers:BertForSequenceClassification"))
     raw = json.loads((tmp_path / "out" / "sdct_bundle.json").read_text())
-    raw["adapters"]["mine"]["sha256"] = adapter_sha256(adapter)
+    raw["adapters"]["mine"]["sha256"] = adapter_sha256(told.parent)
     (tmp_path / "out" / "sdct_bundle.json").write_text(json.dumps(raw))
     assert failed(tmp_path / "out") == ["trained mine"]
     assert shell("verify", tmp_path / "out").exit_code == 1
@@ -355,7 +361,9 @@ def test_the_difference_is_relative_and_sees_what_is_missing() -> None:
     probe = TrainingProbe("float32", {"x": np.zeros((2, 3), np.int64)}, {"y": want}, {"y": (2, 3)})
     same = want.reshape(2, 3)
     assert probe.difference({"y": same}) == 0
-    assert probe.difference({"y": same + 0.005}) == pytest.approx(0.1, rel=1e-5)
+    assert probe.difference({"y": same + 0.005}) == pytest.approx(0.2, rel=1e-4)
+    offset = TrainingProbe("float32", {"x": np.zeros((2, 3), np.int64)}, {"y": want + 1000}, {"y": (2, 3)})
+    assert offset.difference({"y": 1000 - same}) > 0.05  # an offset hides nothing
     assert probe.difference({"y": np.pad(same, ((0, 0), (0, 2)), constant_values=-1e30)}) == 0  # labels it has not
     for wrong in ({}, {"y": same[:, :2]}, {"y": same[:1]}, {"y": same * np.nan}):
         assert probe.difference(wrong) == np.inf
@@ -508,3 +516,88 @@ def test_a_running_bundle_takes_no_adapter_of_another_class(
         model.load_adapter("mine", mean_pooled[1])
     assert list(model.adapters) == ["stock"]
     model.load_adapter("again", stock.adapter())
+
+
+# -- what an adversary tried -------------------------------------------
+
+
+def test_a_copied_base_hides_no_random_head(body: Path, tmp_path: Path) -> None:
+    """A copy has lost transformers' marks: nothing is known of its head, and a merged file would be filled anyhow."""
+    base = copy.deepcopy(_fresh(body))
+    adapter = trained(get_sdct_model(base, config(["query"]))).adapter()
+    assert adapter.trained_on is not None
+    assert adapter.trained_on.fresh_parameters is None
+    with pytest.raises(BaseMismatchError, match="neither the base nor the adapter holds 'classifier"):
+        merge_checkpoint(body, adapter, tmp_path / "out")
+    with pytest.raises(BaseMismatchError, match="classifier"):
+        export_multi(body, {"a": adapter}, tmp_path / "out")
+
+
+def test_merged_results_carry_the_class_and_the_names_of_the_training(
+    mean_pooled: tuple[SdctModel, Path], body: Path, tmp_path: Path
+) -> None:
+    named = transformers.BertForSequenceClassification.from_pretrained(body, id2label={0: "pos", 1: "neg"})
+    named.save_pretrained(tmp_path / "base")
+    base = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base", id2label={0: "neg", 1: "pos"})
+    adapter = trained(get_sdct_model(base, config(["query"]))).adapter()
+    merge_checkpoint(tmp_path / "base", adapter, tmp_path / "ckpt")
+    export_merged(tmp_path / "base", adapter, tmp_path / "onnx")
+    for folder in ("ckpt", "onnx"):
+        raw = json.loads((tmp_path / folder / "config.json").read_text())
+        assert raw["id2label"] == {"0": "neg", "1": "pos"}
+        assert raw["label2id"] == {"neg": 0, "pos": 1}
+    merge_checkpoint(body, mean_pooled[1], tmp_path / "own", model_class="pooled_class:MeanPooled")
+    assert json.loads((tmp_path / "own" / "config.json").read_text())["architectures"] == ["MeanPooled"]
+
+
+def test_a_class_of_a_script_is_not_the_stock_class(body: Path, tmp_path: Path) -> None:
+    adapter = trained(get_sdct_model(_fresh(body), config(["query"]))).adapter()
+    assert adapter.trained_on is not None
+    script = dataclasses.replace(adapter.trained_on, model_class="__main__:BertForSequenceClassification")
+    script_adapter = dataclasses.replace(adapter, trained_on=script)
+    with pytest.raises(BaseMismatchError, match="was trained on BertForSequenceClassification of __main__"):
+        merge_checkpoint(
+            body, script_adapter, tmp_path / "out", model_class="transformers:BertForSequenceClassification"
+        )
+    with pytest.raises(ConfigError, match="move it to a module"):
+        export_multi(body, {"a": script_adapter}, tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_probe_is_that_of_the_rounded_values(body: Path, dtype: str) -> None:
+    settings = SdctConfig(
+        ["query", "value", "dense"], n_coefficients=300, task_type="SEQ_CLS", modules_to_save=["classifier"]
+    )
+    model = get_sdct_model(_fresh(body), settings)
+    trained(model)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    adapter = model.adapter(dtype=dtype)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    SdctModel.from_adapter(_fresh(body), adapter)  # is not refused by its own probe
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update({"formula.x": np.array([1 << 14, 1 << 14], np.int64)}), "'x' of shape"),
+        (lambda t: t.update({"formula.pixel_values": np.array([1 << 14, 1 << 14], np.int64)}), "none it can have"),
+        (lambda t: t.update({"input.labels": t["input.input_ids"]}), "inputs must be"),
+        (lambda t: t.update({"input.input_ids": t["input.input_ids"].astype(np.float32)}), "inputs must be"),
+        (lambda t: t.update({"input.input_ids": t["input.input_ids"][0]}), "inputs must be"),
+        (lambda t: t.update({"input.input_ids": t["input.input_ids"] - 60}), "inputs must be"),
+    ],
+)
+def test_hostile_probes_are_refused(body: Path, tmp_path: Path, change: Callable[[Any], Any], message: str) -> None:
+    trained(get_sdct_model(_fresh(body), config(["query"]))).save_adapter(tmp_path / "a")
+    path = tmp_path / "a" / "training_probe.safetensors"
+    tensors = read_safetensors(path)
+    change(tensors)
+    path.write_bytes(encode_safetensors(tensors))
+    with pytest.raises(AdapterFormatError, match=message):
+        SdctAdapter.load(tmp_path / "a")
+    ids = np.full((2, 8), 10**6)
+    tensors = {k: v for k, v in tensors.items() if not k.startswith(("formula", "input.labels"))}
+    tensors |= {"input.input_ids": ids, "input.attention_mask": np.ones_like(ids)}
+    path.write_bytes(encode_safetensors(tensors))
+    with pytest.raises(BaseMismatchError, match="does not run on what the adapter's model ran on"):
+        SdctModel.from_adapter(_fresh(body), tmp_path / "a")

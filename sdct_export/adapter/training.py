@@ -23,9 +23,11 @@ from ..errors import AdapterFormatError
 from .entries import DTYPE_NAMES, Array
 
 MAX_SAMPLE = 256
+MAX_ELEMENTS = 1 << 22  # of an input; an image of 3 x 1024 x 1024 has 3 << 20
+TEXT_INPUTS, FLOAT_INPUTS = ("input_ids", "attention_mask"), ("pixel_values",)
 _FIELDS = {"model_class", "fresh_parameters", "id2label", "dtype"}
-# largest |got - want| / max |want|, by the type in which the outputs were computed: a head that was not trained, or
-# another base, is off by the size of the output itself; another device or order of summation is not
+# largest |got - want| over half the spread of what was recorded, by the type in which it was computed: a head that was
+# not trained, or another base, is off by the size of the output; another device or order of sums is not
 TOLERANCES = {"float64": 5e-3, "float32": 5e-3, "float16": 2e-2, "bfloat16": 5e-2}
 
 
@@ -51,7 +53,7 @@ class TrainingProbe:
                 raise AdapterFormatError(f"the training probe's output {name!r} holds NaN or infinite numbers")
 
     def difference(self, outputs: Mapping[str, Array]) -> float:
-        """Largest `max |got - want| / max |want|` over the recorded outputs, infinite where one is missing.
+        """Largest `max |got - want|` over half the spread of `want`, of all outputs; infinite where one is missing.
 
         An output may have more columns than the recorded one: a bundle of several adapters has those of the largest.
         """
@@ -62,7 +64,9 @@ class TrainingProbe:
                 return math.inf
             sample = got[..., : shape[-1]].reshape(-1)[positions(shape)].astype(np.float64)
             gap = float(np.abs(sample - want).max())
-            worst = max(worst, gap / max(float(np.abs(want).max()), 1e-3) if math.isfinite(gap) else math.inf)
+            # half the spread is the size of numbers around 0; of those around an offset it is what they say
+            size = max(float(np.ptp(want)) / 2, 1e-3 * float(np.abs(want).max()), 1e-3)
+            worst = max(worst, gap / size if math.isfinite(gap) else math.inf)
         return worst
 
 
@@ -141,7 +145,18 @@ def _parse_probe(dtype: str, tensors: Mapping[str, Array]) -> TrainingProbe:
         parts[kind][rest] = array
     shapes = {name: _shape(name, array) for name, array in parts["shape"].items()}
     inputs = dict(parts["input"])
-    inputs |= {name: formula(_shape(name, array)) for name, array in parts["formula"].items()}
+    sizes = {array.shape for array in inputs.values()}
+    good = all(array.dtype == np.int64 and array.ndim == 2 and (array >= 0).all() for array in inputs.values())
+    good = good and len(sizes) <= 1 and all(0 < math.prod(size) <= MAX_SAMPLE for size in sizes)
+    if not good or not set(inputs) <= set(TEXT_INPUTS):
+        raise AdapterFormatError(
+            f"the training probe's inputs must be {' and '.join(TEXT_INPUTS)}, int64 [batch, tokens]"
+        )
+    for name, array in parts["formula"].items():
+        shape = _shape(name, array)
+        if name not in FLOAT_INPUTS or math.prod(shape) > MAX_ELEMENTS:
+            raise AdapterFormatError(f"the training probe's input {name!r} of shape {list(shape)} is none it can have")
+        inputs[name] = formula(shape)
     return TrainingProbe(dtype, inputs, parts["output"], shapes)
 
 

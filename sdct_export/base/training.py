@@ -92,8 +92,14 @@ def check_record(
     if trained is None or trained.probe is None or any(parameter.is_meta for parameter in model.parameters()):
         return
     inputs = {name: torch.from_numpy(np.array(array)) for name, array in trained.probe.inputs.items()}
-    with _as_it_runs(model, inputs) as ready:
-        outputs = run_adapted(model, ready, adapter)
+    try:
+        with _as_it_runs(model, inputs) as ready:
+            outputs = run_adapted(model, ready, adapter)
+    except Exception as problem:  # what a model raises on inputs that are none of its own
+        raise BaseMismatchError(
+            f"{label}: this base does not run on what the adapter's model ran on when it was saved "
+            f"({type(problem).__name__}: {problem}); use the base it was trained on, with the same configuration"
+        ) from problem
     error = trained.probe.difference({name: to_numpy(value.float()) for name, value in outputs.items()})
     limit = max(TOLERANCES[trained.probe.dtype], TOLERANCES[_float_dtype(model)])
     if not error <= limit:
@@ -119,6 +125,11 @@ def class_of(adapters: Mapping[str, SdctAdapter], model_class: str | None) -> st
         listed = ", ".join(f"{name!r} on {cls}" for cls, name in found.items())
         raise ConfigError(f"the adapters were trained on different classes ({listed}); export one bundle a class")
     (trained, name), *_ = found.items()
+    if trained.startswith("__main__:") or "<locals>" in trained:
+        raise ConfigError(
+            f"{name!r} was trained on {trained}, a class of a script; move it to a module and pass --model-class "
+            "MODULE:CLASS (model_class=...), or export the live model"
+        )
     if not trained.startswith("transformers:"):
         raise ConfigError(
             f"{name!r} was trained on {trained}, a class of your own; pass --model-class {trained} "
@@ -132,7 +143,8 @@ def check_class(trained: TrainingRecord, found: str, *, label: str = "the adapte
     module, _, name = trained.model_class.partition(":")
     other, _, got = found.partition(":")
     # a script run as __main__ is a module of another name elsewhere
-    if name != got or (module != other and "__main__" not in (module, other)):
+    renamed = "__main__" in (module, other) and "transformers" not in (module, other)
+    if name != got or not (module == other or renamed):
         own = module != "transformers"
         way = f"pass --model-class {trained.model_class} (model_class={trained.model_class!r}) or the live model"
         raise BaseMismatchError(

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -195,7 +196,7 @@ class SdctModel(nn.Module):
         for path, head in self._heads_of(name).items():
             for parameter_name, parameter in head.named_parameters():
                 saved[f"{path}.{parameter_name}"] = to_numpy(parameter).copy()
-        with self._applied(name):
+        with self._applied(name), self._rounded(name, value_dtype):
             trained_on = record(self.base, fresh=self._fresh)
         base_hash, base_dtype = self._identities[name]
         return SdctAdapter(self.configs[name], modules, saved, base_hash, base_dtype, trained_on)
@@ -265,6 +266,22 @@ class SdctModel(nn.Module):
         """Print how many numbers train, and their share."""
         trainable, total = self.count_parameters()
         print(f"trainable: {trainable:,} of {total:,} ({100 * trainable / total:.4f} %)")
+
+    @contextlib.contextmanager
+    def _rounded(self, name: str, dtype: Any) -> Iterator[None]:
+        """Within the block the coefficients of `name` are those that a file in `dtype` holds."""
+        values = [layer.entry(name).values for _, _, layer in self._layers() if name in layer.entries]
+        kept = [value.detach().clone() for value in values]
+        target = to_torch(np.zeros(0, dtype)).dtype
+        try:
+            with torch.no_grad():
+                for value in values:
+                    value.copy_(value.to(target))
+            yield
+        finally:
+            with torch.no_grad():
+                for value, before in zip(values, kept, strict=True):
+                    value.copy_(before)
 
     @contextlib.contextmanager
     def _applied(self, name: str) -> Iterator[None]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..adapter.adapter import SdctAdapter
 from ..adapter.entries import Array, SdctEntries
+from ..adapter.training import TrainingRecord
 from ..base.checkpoint import (
     CONFIG_FILE,
     DTYPE_OF,
@@ -225,7 +226,7 @@ def merge_checkpoint(
     size = sum(t.nbytes for tensors in plan.values() for t in tensors)
     with new_folder(output_path) as folder, progress_bar("merging", size, progress, in_bytes=True) as advance:
         _copy_other_files(base.folder, folder)
-        _write_config(base.folder / CONFIG_FILE, folder / CONFIG_FILE, base, structure, plan)
+        _write_config(base.folder / CONFIG_FILE, folder / CONFIG_FILE, base, structure, plan, adapter.trained_on)
         for file, tensors in plan.items():
             write_safetensors(folder / file, [_counted(t, advance) for t in tensors], base.metadata[file])
         if base.index is not None:
@@ -246,10 +247,10 @@ def _check_training(adapter: SdctAdapter, structure: Structure) -> None:
         return
     check_class(adapter.trained_on, class_name(structure.model))
     lost = [name for name in structure.lacking() if name not in adapter.saved and not name.startswith("pooler.")]
-    if lost and adapter.trained_on.fresh_parameters is not None:
+    if lost:
         raise BaseMismatchError(
-            f"the base lacks {lost[0]!r} ({len(lost)} such parameters), which it had when the adapter was trained; "
-            "copy the whole checkpoint"
+            f"neither the base nor the adapter holds {lost[0]!r} ({len(lost)} such parameters), without which the "
+            "trained model cannot be built; copy the whole checkpoint, or train with these modules in modules_to_save"
         )
 
 
@@ -347,17 +348,27 @@ def _copy_other_files(source: Path, target: Path) -> None:
 
 
 def _write_config(
-    source: Path, target: Path, base: Checkpoint, structure: Structure, plan: Mapping[str, list[NewTensor]]
+    source: Path,
+    target: Path,
+    base: Checkpoint,
+    structure: Structure,
+    plan: Mapping[str, list[NewTensor]],
+    trained: TrainingRecord | None,
 ) -> None:
     raw = read_json(source)
     head_added = any(t.name not in base.tensors for tensors in plan.values() for t in tensors)
-    if head_added:
+    renamed = trained is not None and raw.get("architectures") != [type(structure.model).__name__]
+    if head_added or renamed:
         raw["architectures"] = [type(structure.model).__name__]
     if structure.resized:
         raw.pop("num_labels", None)
         raw["id2label"] = {str(i): label for i, label in structure.config.id2label.items()}
         raw["label2id"] = dict(structure.config.label2id)
-    if head_added or structure.resized:
+    labels = None if trained is None else trained.id2label
+    if labels is not None:
+        raw |= {"id2label": {str(i): label for i, label in enumerate(labels)}}
+        raw |= {"label2id": {label: i for i, label in enumerate(labels)}}
+    if head_added or renamed or structure.resized or labels is not None:
         target.write_text(json.dumps(raw, indent=2) + "\n")
     else:
         copy_inside(base.folder, source, target)

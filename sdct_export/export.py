@@ -225,7 +225,8 @@ def _prepare(
     shapes = _shapes(model, named)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     if task is None:
-        kinds = (kind for suffix, kind in _TASK_OF_CLASS.items() if type(model).__name__.endswith(suffix))
+        names = [cls.__name__ for cls in type(model).__mro__]  # a class of one's own is derived from one that tells
+        kinds = (kind for name in names for suffix, kind in _TASK_OF_CLASS.items() if name.endswith(suffix))
         task = next(kinds, "FEATURE_EXTRACTION")
     return _Base(model, source, task, dtype, shapes, model_hash(model, shapes, dtype), model_digests(model, shapes))
 

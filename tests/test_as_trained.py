@@ -601,3 +601,18 @@ def test_hostile_probes_are_refused(body: Path, tmp_path: Path, change: Callable
     path.write_bytes(encode_safetensors(tensors))
     with pytest.raises(BaseMismatchError, match="does not run on what the adapter's model ran on"):
         SdctModel.from_adapter(_fresh(body), tmp_path / "a")
+
+
+def test_a_class_of_ones_own_has_the_task_it_is_derived_from(body: Path, tmp_path: Path) -> None:
+    """Four labels, no task said, the head fresh: it is saved by itself, and verify sizes the base like the export."""
+    base = MeanPooled.from_pretrained(body, num_labels=4)
+    adapter = trained(get_sdct_model(base, SdctConfig(["query"], n_coefficients=40))).adapter()
+    assert adapter.config.task_type == "SEQ_CLS"
+    assert set(adapter.saved) == {"classifier.weight", "classifier.bias"}
+    own = "pooled_class:MeanPooled"
+    for name, adapters in (("multi", {"mine": adapter}), ("merged", adapter)):
+        export = export_multi if name == "multi" else export_merged
+        assert export(body, adapters, tmp_path / name, model_class=own).task == "SEQ_CLS"
+        report = verify(tmp_path / name, body, model_class=own)
+        assert [check.name for check in report.checks if not check.ok] == []
+        assert all(check.error is None or np.isfinite(check.error) for check in report.checks)

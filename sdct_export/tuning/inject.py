@@ -173,11 +173,11 @@ def identity(base: nn.Module, targets: Mapping[str, nn.Module]) -> tuple[str, st
 
 
 def task_type(base: nn.Module) -> str | None:
-    """The task of a transformers model, from the name of its class; None for any other."""
+    """The task of a transformers model, from the name of its class or one it is derived from; None for any other."""
     if not hasattr(base, "config"):
         return None
-    name = type(base).__name__
-    return next((task for suffix, task in _TASKS.items() if name.endswith(suffix)), None)
+    names = [cls.__name__ for cls in type(base).__mro__ if cls.__name__ != "PreTrainedModel"]
+    return next((task for name in names for suffix, task in _TASKS.items() if name.endswith(suffix)), None)
 
 
 def base_name(base: nn.Module) -> str | None:

@@ -38,6 +38,7 @@ from .errors import BaseMismatchError, ConfigError, UnsupportedError
 from .files import check_adapter_name, copy_inside, new_folder
 from .graph.insert import InsertAdapters
 from .graph.trace import trace
+from .tuning.inject import task_type as task_type_of
 from .tuning.model import SdctModel
 
 AdapterLike = SdctAdapter | str | Path
@@ -48,13 +49,6 @@ _COPIED = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "chat_template*",
     "preprocessor_config.json", "processor_config.json", "generation_config.json",
 )  # fmt: skip
-_TASK_OF_CLASS = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForImageClassification": "IMAGE_CLS",
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,9 +219,7 @@ def _prepare(
     shapes = _shapes(model, named)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     if task is None:
-        names = [cls.__name__ for cls in type(model).__mro__]  # a class of one's own is derived from one that tells
-        kinds = (kind for name in names for suffix, kind in _TASK_OF_CLASS.items() if name.endswith(suffix))
-        task = next(kinds, "FEATURE_EXTRACTION")
+        task = task_type_of(model) or "FEATURE_EXTRACTION"
     return _Base(model, source, task, dtype, shapes, model_hash(model, shapes, dtype), model_digests(model, shapes))
 
 

@@ -19,7 +19,7 @@ from .adapter.adapter import SdctAdapter
 from .adapter.folder import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE, write_training
 from .base.model import check_base, find_linear, linear_shape, load_base, model_digests, model_hash, to_numpy
 from .base.reference import run_rows, sample_inputs
-from .base.training import check_record, class_of, fresh_parameters
+from .base.training import check_record, class_name, class_of, fresh_parameters, model_config, set_padding
 from .bundle.description import (
     ADAPTERS_FOLDER,
     DATA_FILE,
@@ -30,11 +30,12 @@ from .bundle.description import (
     TensorSpec,
     adapter_sha256,
     file_sha256,
+    training_sha256,
 )
 from .bundle.onnx_adapter import SUFFIX, write_onnx_adapter
 from .bundle.probe import Case, Probe, Row, sample_indices
 from .contract import Group, Head
-from .errors import BaseMismatchError, ConfigError, UnsupportedError
+from .errors import AdapterFormatError, BaseMismatchError, ConfigError, UnsupportedError
 from .files import check_adapter_name, copy_inside, new_folder
 from .graph.insert import InsertAdapters
 from .graph.trace import trace
@@ -106,9 +107,9 @@ def export_merged(
     base.model.to(DTYPES[exported])
     with new_folder(output) as folder:
         graph = trace(base.model)
-        _write(folder, "merged", base, exported, graph, len(graph.graph.inputs), (), (), {})
         if merged.trained_on is not None:
             write_training(folder, merged.trained_on)
+        _write(folder, "merged", base, exported, graph, len(graph.graph.inputs), (), (), {})
         _record(base.model.float(), {}, folder)  # in place: the graph shared these weights
     return Bundle.load(output)
 
@@ -213,9 +214,17 @@ def _prepare(
         labels = max(_labels(adapter, head) or 0 for adapter in named.values())
         if labels and head and labels != model.get_parameter(f"{head}.weight").shape[0]:
             model = _with_labels(load, labels, model, head)
+        set_padding(model, [adapter.trained_on for adapter in named.values()])
+    known = task_type_of(model)
+    if task_type and known not in (task_type, None) and class_name(model).startswith("transformers:"):
+        raise ConfigError(
+            f"a {type(model).__name__} is for {known}, not for {task_type}; leave --task (task_type) out"
+        )
+    label_head = _label_head(model, named)
     for name, adapter in named.items():
         check_base(adapter, model, label=f"adapter {name!r}")
         check_record(adapter, model, fresh, label=f"adapter {name!r}")
+        _check_names(f"adapter {name!r}", adapter, label_head)
     shapes = _shapes(model, named)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     if task is None:
@@ -252,14 +261,19 @@ def _labels(adapter: SdctAdapter, head: str | None) -> int | None:
     return None if weight is None else int(weight.shape[0])
 
 
+def _check_names(label: str, adapter: SdctAdapter, head: str | None) -> None:
+    names = None if adapter.trained_on is None else adapter.trained_on.id2label
+    labels = _labels(adapter, head)
+    if names is not None and labels is not None and len(names) != labels:
+        raise AdapterFormatError(
+            f"{label} names {len(names)} labels (id2label), but its head {head!r} has {labels}; save it again"
+        )
+
+
 def _with_labels(load: Callable[..., nn.Module], labels: int, model: nn.Module, head: str) -> nn.Module:
     """The base with a head of `labels`, or `model` itself where its trained head is larger than that."""
-    try:
-        return load(num_labels=labels)
-    except BaseMismatchError:
-        if model.get_parameter(f"{head}.weight").shape[0] < labels:
-            raise
-        return model
+    weight = model.get_parameter(f"{head}.weight")
+    return model if len(weight) > labels and weight.any() else load(num_labels=labels)
 
 
 def _heads(model: nn.Module, named: Mapping[str, SdctAdapter]) -> dict[str, tuple[int, int]]:
@@ -386,6 +400,9 @@ def _write(
         heads=tuple(heads),
         adapters=adapters,
         module_digests=base.digests,
+        model_class=class_name(base.model),
+        model_config=model_config(base.model),
+        training_sha256=training_sha256(folder),
     ).write(folder)
 
 

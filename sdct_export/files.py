@@ -159,6 +159,15 @@ def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
+def available_memory() -> int | None:
+    """Bytes that this machine can give without swapping, None where it does not say (Linux does)."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return None
+
+
 def copy_inside(root: Path, file: Path, target: Path) -> None:
     """Copy `file`, found below the folder `root` of a stranger, to `target`; a link must not lead out of `root`.
 

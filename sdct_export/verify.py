@@ -17,7 +17,7 @@ from .adapter.adapter import SdctAdapter
 from .adapter.entries import Array
 from .adapter.folder import read_training
 from .adapter.training import TOLERANCES as TRAINING_TOLERANCES
-from .bundle.description import DATA_FILE, PROBE_FILE, Bundle, file_sha256
+from .bundle.description import DATA_FILE, PROBE_FILE, Bundle, file_sha256, training_sha256
 from .bundle.probe import Probe, Row
 from .errors import BaseMismatchError, SdctError
 from .runtime import MultiAdapterModel
@@ -122,6 +122,10 @@ def _files(bundle: Bundle) -> Iterator[Check]:
             yield Check(f"file {path.name}", same, detail)
         except SdctError as error:
             yield Check(f"file {path.name}", False, str(error))
+    if bundle.training_sha256 is not None:
+        same = training_sha256(bundle.path) == bundle.training_sha256
+        detail = "sha256 as recorded" if same else "missing or changed since the export (sha256); export it again"
+        yield Check("training record", same, detail)
     for name in bundle.adapters:
         try:
             bundle.check_adapter(name)
@@ -272,7 +276,7 @@ def _load_base(
     import copy
 
     from .base.model import load_base
-    from .base.training import class_of
+    from .base.training import class_of, set_padding
     from .tuning.model import SdctModel
 
     if isinstance(source, str | Path):
@@ -285,6 +289,7 @@ def _load_base(
         base = load_base(
             source, bundle.task, num_labels=size, model_class=class_of(adapters, model_class), saved=saved
         )
+        set_padding(base, [merged, *(adapter.trained_on for adapter in adapters.values())])
     elif isinstance(source, SdctModel):
         base = source.plain_base().eval()
     else:

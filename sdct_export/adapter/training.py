@@ -19,13 +19,21 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import AdapterFormatError
+from ..errors import AdapterFormatError, BaseMismatchError
 from .entries import DTYPE_NAMES, Array
 
 MAX_SAMPLE = 256
 MAX_ELEMENTS = 1 << 22  # of an input; an image of 3 x 1024 x 1024 has 3 << 20
 TEXT_INPUTS, FLOAT_INPUTS = ("input_ids", "attention_mask"), ("pixel_values",)
 _FIELDS = {"model_class", "fresh_parameters", "id2label", "dtype"}
+_LATER_FIELDS = {"model_config"}  # absent from what older versions wrote
+# fields of a configuration that do not change what a model computes in eval mode, or are compared otherwise
+_NO_MATTER = {
+    "architectures", "bos_token_id", "chunk_size_feed_forward", "dtype", "finetuning_task", "gradient_checkpointing",
+    "id2label", "initializer_factor", "initializer_range", "label2id", "num_labels", "output_attentions",
+    "output_hidden_states", "problem_type", "return_dict", "task_specific_params", "tokenizer_class", "torch_dtype",
+    "torchscript", "transformers_version", "use_cache",
+}  # fmt: skip
 # largest |got - want| over half the spread of what was recorded, by the type in which it was computed: a head that was
 # not trained, or another base, is off by the size of the output; another device or order of sums is not
 TOLERANCES = {"float64": 5e-3, "float32": 5e-3, "float16": 2e-2, "bfloat16": 5e-2}
@@ -79,6 +87,7 @@ class TrainingRecord:
         fresh_parameters: parameters that the base's checkpoint did not hold, None where that is not known. The adapter
             saves all of them: nobody else has them.
         id2label: names of the labels in their order, None where they have none.
+        model_config: the model's configuration as it was when the adapter was saved, None where it has none.
         probe: what the adapted model computed, None where it could not be run.
     """
 
@@ -86,16 +95,18 @@ class TrainingRecord:
     fresh_parameters: tuple[str, ...] | None = None
     id2label: tuple[str, ...] | None = None
     probe: TrainingProbe | None = None
+    model_config: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of `trained_on`, JSON-ready, without the probe's numbers."""
         labels = self.id2label
-        return {
+        fields: dict[str, Any] = {
             "model_class": self.model_class,
             "fresh_parameters": None if self.fresh_parameters is None else list(self.fresh_parameters),
             "id2label": None if labels is None else {str(i): label for i, label in enumerate(labels)},
             "dtype": None if self.probe is None else self.probe.dtype,
         }
+        return fields if self.model_config is None else fields | {"model_config": dict(self.model_config)}
 
     def tensors(self) -> dict[str, Array]:
         """The tensors of `training_probe.safetensors`; none without a probe."""
@@ -118,7 +129,7 @@ def parse_record(raw: object, tensors: Mapping[str, Array] | None) -> TrainingRe
     Raises:
         AdapterFormatError: without the file's name, which the caller knows.
     """
-    if not isinstance(raw, dict) or set(raw) != _FIELDS:
+    if not isinstance(raw, dict) or set(raw) - _LATER_FIELDS != _FIELDS:
         raise AdapterFormatError(f"trained_on must hold {', '.join(sorted(_FIELDS))}; save the adapter again")
     name, fresh, labels, dtype = raw["model_class"], raw["fresh_parameters"], raw["id2label"], raw["dtype"]
     if not isinstance(name, str) or not all(part and part.isprintable() for part in name.partition(":")):
@@ -130,10 +141,47 @@ def parse_record(raw: object, tensors: Mapping[str, Array] | None) -> TrainingRe
         if not labels or sorted(labels, key=str) != sorted(keys or []) or not all(map(_is_text, labels.values())):
             raise AdapterFormatError('trained_on: id2label must map "0", "1", ... to names, or be null')
         labels = tuple(labels[key] for key in keys or [])
+    config = raw.get("model_config")
+    if config is not None and not (isinstance(config, dict) and _is_shallow(config, 8)):
+        raise AdapterFormatError("trained_on: model_config must be the object that transformers writes, or null")
     if (dtype is None) != (tensors is None):
         raise AdapterFormatError("trained_on and the training probe do not belong together; copy the whole folder")
     probe = None if tensors is None else _parse_probe(dtype, tensors)
-    return TrainingRecord(name, None if fresh is None else tuple(fresh), labels, probe)
+    return TrainingRecord(name, None if fresh is None else tuple(fresh), labels, probe, config)
+
+
+def config_differences(want: Mapping[str, Any], got: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Fields in which two configurations of a model differ so that it may compute something else: name -> both values.
+
+    Configurations that different versions of transformers wrote are compared in the fields that both have.
+    """
+    same_version = want.get("transformers_version") == got.get("transformers_version")
+    names = sorted(set(want) | set(got) if same_version else set(want) & set(got))
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in names:
+        if name in _NO_MATTER or name.startswith("_") or "drop" in name:  # dropout, pdrop, layerdrop, drop_path_rate
+            continue
+        one, other = want.get(name), got.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found |= {f"{name}.{inner}": pair for inner, pair in config_differences(one, other).items()}
+        elif one != other:
+            found[name] = (one, other)
+    return found
+
+
+def check_class(trained: TrainingRecord, found: str, *, label: str = "the adapter") -> None:
+    """Raise `BaseMismatchError` where an adapter was trained on another class than `found`, a `class_name`."""
+    module, _, name = trained.model_class.partition(":")
+    other, _, got = found.partition(":")
+    # a script run as __main__ is a module of another name elsewhere
+    renamed = "__main__" in (module, other) and "transformers" not in (module, other)
+    if name != got or not (module == other or renamed):
+        own = module != "transformers"
+        way = f"pass --model-class {trained.model_class} (model_class={trained.model_class!r}) or the live model"
+        raise BaseMismatchError(
+            f"{label} was trained on {name} of {module}, this base is a {got}; "
+            + (way if own else f"load the base as {name}")
+        )
 
 
 def _parse_probe(dtype: str, tensors: Mapping[str, Array]) -> TrainingProbe:
@@ -181,6 +229,12 @@ def _shape(name: str, array: Array) -> tuple[int, ...]:
     if not good or math.prod(map(int, array)) > 1 << 28:
         raise AdapterFormatError(f"the training probe's shape of {name!r} is none; save the adapter again")
     return tuple(map(int, array))
+
+
+def _is_shallow(value: object, levels: int) -> bool:
+    """Whether JSON is nested at most so deep, so that comparing it cannot exhaust the stack."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_is_shallow(item, levels - 1) for item in inner)
 
 
 def _is_text(value: object) -> bool:

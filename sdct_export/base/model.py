@@ -43,10 +43,12 @@ def load_base(
         path: checkpoint folder (or hub name).
         task_type: chooses the model class, see `SdctConfig.task_type`; None takes the class the checkpoint names.
         dtype: a torch dtype, or `auto` for the checkpoint's own.
-        num_labels: size of the classification head; only where the checkpoint has no trained head of another size.
+        num_labels: size of the classification head. A trained head of another size is given up for it, where `saved`
+            holds all of its parameters.
         model_class: `MODULE:CLASS`, for example `transformers:BertForSequenceClassification`, instead of a task.
         saved: parameters that adapters bring along, such as a task head. Only these may be missing from the
-            checkpoint, and start at zero: the base has no such head. A pooler that it lacks is left out of a body.
+            checkpoint or have another size there, and start at zero: the base has no such head. A pooler that it lacks
+            is left out of a body.
 
     Raises:
         BaseMismatchError: the folder is no model checkpoint, lacks other parameters than `saved`, or its head has
@@ -84,10 +86,10 @@ def load_base(
         raise loading_error(f"cannot load a base model from {path}", error) from error
     finally:
         logging.set_verbosity(verbosity)
-    mismatched = list(info["mismatched_keys"])
-    if mismatched:
+    resized = {key for key, *_ in info["mismatched_keys"]}
+    if not resized <= set(saved):
         raise BaseMismatchError(
-            f"the checkpoint {path} has a trained tensor of another size than needed: {mismatched[0]}; "
+            f"the checkpoint {path} has a trained tensor of another size than needed: {min(resized - set(saved))!r}; "
             f"adapters with heads of {num_labels} labels need a base without a trained head of another size"
         )
     lost = sorted(set(info["missing_keys"]) - set(saved))
@@ -98,9 +100,28 @@ def load_base(
             "modules in modules_to_save"
         )
     with torch.no_grad():
-        for key in info["missing_keys"]:
+        for key in resized | set(info["missing_keys"]):
             model.get_parameter(key).zero_()
     return model.eval()  # type: ignore[no-any-return]
+
+
+def checkpoint_vocabulary(source: str) -> int | None:
+    """Tokens in the vocabulary of a checkpoint folder or of a hub name in the cache, None where that is not known."""
+    import transformers
+
+    try:
+        return vocabulary(
+            transformers.AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        )
+    except (OSError, ValueError, TypeError):  # moved since, or no checkpoint of transformers
+        return None
+
+
+def vocabulary(config: Any) -> int | None:
+    """Tokens in the vocabulary of a model with this configuration, None for a model without one."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    size = getattr(text, "vocab_size", None)
+    return size if isinstance(size, int) else None
 
 
 def named_class(name: str) -> Any:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.adapter import SdctAdapter
-from ..adapter.training import TOLERANCES, TrainingProbe, TrainingRecord, formula, positions, scattered
+from ..adapter.entries import Array
+from ..adapter.training import (
+    TOLERANCES,
+    TrainingProbe,
+    TrainingRecord,
+    check_class,
+    config_differences,
+    formula,
+    positions,
+    scattered,
+)
 from ..errors import BaseMismatchError, ConfigError
 from .checkpoint import tied_parameters
 from .model import CHILD, to_numpy
 from .reference import run_adapted, run_model
 
-BATCH, SEQUENCE = 2, 8
+BATCH, SEQUENCE, PADDED = 2, 8, 3  # rows and tokens of the probe, and how many of the last row are padding
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def class_name(model: nn.Module) -> str:
@@ -68,7 +80,53 @@ def record(model: nn.Module, *, of: nn.Module | None = None, fresh: tuple[str, .
     labels = None
     if isinstance(names, Mapping) and any(name != f"LABEL_{i}" for i, name in names.items()):
         labels = tuple(str(names[i]) for i in sorted(names))
-    return TrainingRecord(class_name(base), fresh, labels, _probe(model, base))
+    return TrainingRecord(class_name(base), fresh, labels, _probe(model, base), model_config(base))
+
+
+def model_config(model: nn.Module) -> dict[str, Any] | None:
+    """The configuration of a transformers model as JSON holds it, None for any other model."""
+    config: Any = getattr(model, "config", None)
+    return json.loads(config.to_json_string(use_diff=False)) if hasattr(config, "to_json_string") else None
+
+
+def set_padding(model: nn.Module, records: Iterable[TrainingRecord | None]) -> None:
+    """Give a loaded base the padding token that all adapters were trained with, where its own configuration differs.
+
+    A person who classifies with GPT-2 sets `model.config.pad_token_id` in memory; the checkpoint never hears of it.
+    """
+    found = {(record.model_config or {}).get("pad_token_id") for record in records if record is not None}
+    config: Any = getattr(model, "config", None)
+    if len(found) == 1 and isinstance(token := found.pop(), int) and hasattr(config, "pad_token_id"):
+        config.pad_token_id = token
+
+
+def check_config(trained: TrainingRecord, config: Mapping[str, Any] | None, *, label: str = "the adapter") -> None:
+    """Raise `BaseMismatchError` where a base has another configuration than the one an adapter was trained on."""
+    differ = config_differences(trained.model_config, config) if trained.model_config and config else {}
+    if differ:
+        listed = ", ".join(f"{name} was {want!r}, is {got!r}" for name, (want, got) in list(differ.items())[:3])
+        raise BaseMismatchError(
+            f"{label} was trained on a model of another configuration ({listed}); a change in memory is not in the "
+            "checkpoint: set it on the base, use the folder that save_pretrained of the trained model's base writes, "
+            "or export the live model"
+        )
+
+
+def checksums(model: nn.Module) -> dict[str, tuple[torch.dtype, int]]:
+    """Name -> dtype and sum of the bits of every parameter and buffer that a checkpoint of `model` would hold.
+
+    One pass over the weights; nothing for a model that is spread over processes or lies on the meta device.
+    """
+    if _is_sharded(model):
+        return {}
+    kept = set(model.state_dict())
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    sums = {}
+    for name, tensor in tensors:
+        if f".{CHILD}.entries." not in f".{name}" and name in kept and not tensor.is_meta:
+            bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
+            sums[name] = (tensor.dtype, int(bits.sum(dtype=torch.int64)))
+    return sums
 
 
 def check_record(
@@ -82,6 +140,7 @@ def check_record(
     trained = adapter.trained_on
     if trained is not None:
         check_class(trained, class_name(model), label=label)
+        check_config(trained, model_config(model), label=label)
     missing = sorted(set(fresh or fresh_parameters(model) or ()) - set(adapter.saved))
     if missing:
         raise BaseMismatchError(
@@ -89,12 +148,20 @@ def check_record(
             f"parameters), so it has no trained value; use the base it was trained on "
             f"({adapter.config.base_model_name_or_path or 'unknown'})"
         )
-    if trained is None or trained.probe is None or any(parameter.is_meta for parameter in model.parameters()):
+    if trained is not None:
+        check_probe(trained, model, adapter, label=label)
+
+
+def check_probe(
+    trained: TrainingRecord, model: nn.Module, adapter: SdctAdapter | None, *, label: str = "the adapter"
+) -> None:
+    """Raise `BaseMismatchError` unless `model` gives what was recorded, with `adapter` applied or merged in (None)."""
+    if trained.probe is None or any(parameter.is_meta for parameter in model.parameters()):
         return
     inputs = {name: torch.from_numpy(np.array(array)) for name, array in trained.probe.inputs.items()}
     try:
         with _as_it_runs(model, inputs) as ready:
-            outputs = run_adapted(model, ready, adapter)
+            outputs = run_model(model, ready) if adapter is None else run_adapted(model, ready, adapter)
     except Exception as problem:  # what a model raises on inputs that are none of its own
         raise BaseMismatchError(
             f"{label}: this base does not run on what the adapter's model ran on when it was saved "
@@ -106,7 +173,7 @@ def check_record(
         raise BaseMismatchError(
             f"{label} gives other outputs on this base than when it was trained (off by {error:.1e} of their size, "
             f"limit {limit:.0e}): some weight of the base that the adapter does not change is another one; use the "
-            f"base it was trained on ({adapter.config.base_model_name_or_path or 'unknown'})"
+            "base it was trained on"
         )
 
 
@@ -138,28 +205,16 @@ def class_of(adapters: Mapping[str, SdctAdapter], model_class: str | None) -> st
     return trained
 
 
-def check_class(trained: TrainingRecord, found: str, *, label: str = "the adapter") -> None:
-    """Raise `BaseMismatchError` where an adapter was trained on another class than `found`, a `class_name`."""
-    module, _, name = trained.model_class.partition(":")
-    other, _, got = found.partition(":")
-    # a script run as __main__ is a module of another name elsewhere
-    renamed = "__main__" in (module, other) and "transformers" not in (module, other)
-    if name != got or not (module == other or renamed):
-        own = module != "transformers"
-        way = f"pass --model-class {trained.model_class} (model_class={trained.model_class!r}) or the live model"
-        raise BaseMismatchError(
-            f"{label} was trained on {name} of {module}, this base is a {got}; "
-            + (way if own else f"load the base as {name}")
-        )
-
-
 def _probe(model: nn.Module, base: nn.Module) -> TrainingProbe | None:
     inputs = _probe_inputs(base)
     if inputs is None or _is_sharded(model) or any(parameter.is_meta for parameter in model.parameters()):
         return None
     try:
-        with _as_it_runs(model, {name: torch.from_numpy(array) for name, array in inputs.items()}) as ready:
-            outputs = {name: to_numpy(value.float()) for name, value in run_model(model, ready).items()}
+        try:
+            outputs = _outputs(model, inputs)
+        except ValueError:  # GPT-2 without a padding token classifies one row at a time
+            inputs = {name: array[:1] for name, array in inputs.items()}
+            outputs = _outputs(model, inputs)
     except Exception as error:  # a class of one's own may raise anything; training it is no fault
         warnings.warn(
             f"no training probe was recorded: {type(base).__name__} does not run on {', '.join(inputs)} alone "
@@ -172,8 +227,16 @@ def _probe(model: nn.Module, base: nn.Module) -> TrainingProbe | None:
     return TrainingProbe(_float_dtype(model), inputs, samples, shapes)
 
 
-def _probe_inputs(model: nn.Module) -> dict[str, Any] | None:
-    """Small inputs that are the same everywhere, None for a model that reads neither text nor images."""
+def _outputs(model: nn.Module, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    with _as_it_runs(model, {name: torch.from_numpy(array) for name, array in inputs.items()}) as ready:
+        return {name: to_numpy(value.float()) for name, value in run_model(model, ready).items()}
+
+
+def _probe_inputs(model: nn.Module) -> dict[str, Array] | None:
+    """Small inputs that are the same everywhere, None for a model that reads neither text nor images.
+
+    Of a text model the last id of the vocabulary is among them, and padding, as far as the model knows it.
+    """
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
     if config is None or main not in ("input_ids", "pixel_values"):
         return None
@@ -183,9 +246,14 @@ def _probe_inputs(model: nn.Module) -> dict[str, Any] | None:
         return {"pixel_values": formula((1, config.num_channels, height, width))}
     vocabulary = int(config.get_text_config().vocab_size)
     ids = (scattered(BATCH * SEQUENCE) * vocabulary >> 32).reshape(BATCH, SEQUENCE)
+    ids[0, 0] = vocabulary - 1
     inputs = {"input_ids": ids}
     if "attention_mask" in inspect.signature(model.forward).parameters:
+        padding = config.get_text_config().pad_token_id
         inputs["attention_mask"] = np.ones_like(ids)
+        inputs["attention_mask"][-1, -PADDED:] = 0
+        if padding is not None and 0 <= padding < vocabulary:
+            ids[-1, -PADDED:] = padding
     return inputs
 
 

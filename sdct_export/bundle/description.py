@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.entries import DTYPE_NAMES
-from ..adapter.folder import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE
+from ..adapter.folder import CONFIG_FILE, TRAINED_ON_FILE, TRAINING_FILE, WEIGHTS_FILE
 from ..contract import Group, Head
 from ..errors import AdapterFormatError, ConfigError, VerificationError
 from ..files import check_adapter_name, open_input, read_json
@@ -60,7 +60,9 @@ class Bundle:
     `kind` is `multi` or `merged`; `base_hash` is `adapter.base_hash` over all modules of `groups` (multi) with weights
     cast to `base_hash_dtype`; `module_digests` (dtype name -> module -> digest, from `base.model_digests`) lets an
     adapter's own base hash be compared when it is loaded later; `inputs` are the model's own, without the adapter
-    inputs; `model_sha256` is of `model.onnx` itself, `data_sha256` of the weights in `model.onnx.data`.
+    inputs; `model_sha256` is of `model.onnx` itself, `data_sha256` of the weights in `model.onnx.data`,
+    `training_sha256` of what a merged bundle holds of its adapter's training; `model_class` (`MODULE:CLASS`) and
+    `model_config` are those of the base, None in a bundle that an older version wrote.
     """
 
     kind: str
@@ -78,6 +80,9 @@ class Bundle:
     adapters: Mapping[str, AdapterRecord] = dataclasses.field(default_factory=dict)
     module_digests: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     data_sha256: str | None = None
+    training_sha256: str | None = None
+    model_class: str | None = None
+    model_config: Mapping[str, Any] | None = None
     path: Path = dataclasses.field(default=Path(), compare=False)
 
     @classmethod
@@ -157,6 +162,16 @@ def adapter_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def training_sha256(folder: Path) -> str | None:
+    """sha256 over the training record that a merged bundle holds, None where it holds none."""
+    if not os.path.lexists(folder / TRAINED_ON_FILE):
+        return None
+    digest = hashlib.sha256()
+    for name in (TRAINED_ON_FILE, *([TRAINING_FILE] if os.path.lexists(folder / TRAINING_FILE) else [])):
+        _hash_file(digest, folder / name, with_length=True)
+    return digest.hexdigest()
+
+
 def file_sha256(path: Path) -> str:
     """sha256 of a file, read in pieces. Raises `AdapterFormatError` where it cannot be read."""
     digest = hashlib.sha256()
@@ -180,8 +195,11 @@ def _parse(raw: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(raw["base_name"], str):  # a path may hold what is no text
         raise ValueError(f"base_name must be a string, got {raw['base_name']!r}")
     _text(raw["model_sha256"], "model_sha256")
-    if raw["data_sha256"] is not None:
-        _text(raw["data_sha256"], "data_sha256")
+    for name in ("data_sha256", "training_sha256", "model_class"):
+        if raw.get(name) is not None:
+            _text(raw[name], name)
+    if not isinstance(raw.get("model_config"), dict | None):
+        raise ValueError("model_config must be an object or null")
     if raw["kind"] not in ("multi", "merged"):
         raise ValueError(f"kind must be multi or merged, got {raw['kind']!r}")
     for name in ("dtype", "base_hash_dtype"):

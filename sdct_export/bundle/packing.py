@@ -10,6 +10,7 @@ import numpy as np
 from .. import contract
 from ..adapter.adapter import SdctAdapter
 from ..adapter.entries import DTYPE_NAMES, Array, check_fit
+from ..adapter.training import check_class, config_differences
 from ..base.identity import combine_digests
 from ..contract import Head
 from ..errors import BaseMismatchError
@@ -55,12 +56,16 @@ def pack(bundle: Bundle, adapter: SdctAdapter, *, label: str = "the adapter") ->
             coefficients or labels than the bank holds, or was trained on another class or other base weights.
     """
     record = adapter.trained_on
-    trained = bundle.base_architecture if record is None else record.model_class.partition(":")[2].split(".")[-1]
-    if trained != bundle.base_architecture:
-        raise BaseMismatchError(
-            f"{label} was trained on a {trained}, this bundle was exported from a {bundle.base_architecture}; "
-            "export a bundle of that class"
-        )
+    if record is not None and record.model_config is not None and bundle.model_config is not None:
+        differ = config_differences(record.model_config, bundle.model_config)
+        if differ:
+            (field, (want, got)), *_ = differ.items()
+            raise BaseMismatchError(
+                f"{label} was trained on a model with {field}={want!r}, this bundle was exported from one with "
+                f"{got!r}; export a bundle together with this adapter"
+            )
+    if record is not None and bundle.model_class is not None:
+        check_class(record, bundle.model_class, label=label)
     _check_modules(bundle, adapter, label)
     layout = bank_layout(bundle)
     rows = {name: np.zeros(shape, dtype) for name, (dtype, shape) in layout.items()}

@@ -21,9 +21,10 @@ import numpy as np
 from .. import contract, native
 from ..adapter.adapter import SdctAdapter
 from ..adapter.entries import Array
+from ..adapter.training import TOLERANCES, TrainingProbe
 from ..bundle.description import Bundle, TensorSpec
 from ..bundle.packing import Layout, bank_layout, label_count, most_bytes, pack
-from ..errors import AdapterFormatError, ConfigError, SdctError, UnsupportedError
+from ..errors import AdapterFormatError, BaseMismatchError, ConfigError, SdctError, UnsupportedError
 from ..files import check_adapter_name
 from .bank import AdapterInfo, Bank, Memory
 from .ort import OrtBackend
@@ -118,9 +119,9 @@ class MultiAdapterModel:
             if self.bundle.groups and not loaded.native:
                 _warn_of_the_portable_body(device or "cpu")
             self._parts = (loaded, Bank(layout, loaded, max_slots))
-            for name in self.bundle.adapters:
+            for name in self.bundle.adapters:  # their training was compared when they were exported
                 self.bundle.check_adapter(name)
-                self.load_adapter(name, self.bundle.adapter_path(name))
+                self._parts[1].add(name, *self._pack(name, self.bundle.adapter_path(name), is_own=True))
         _models.add(self)
 
     def __enter__(self) -> MultiAdapterModel:
@@ -154,7 +155,8 @@ class MultiAdapterModel:
         Raises:
             ConfigError: the name is not allowed or taken, or the model is merged.
             AdapterFormatError: the adapter folder is damaged.
-            BaseMismatchError: the adapter does not fit this bundle.
+            BaseMismatchError: the adapter does not fit this bundle, or the bundle gives other outputs with it than the
+                model it was trained on.
         """
         bank = self._require_bank()
         check_adapter_name(name)
@@ -170,7 +172,7 @@ class MultiAdapterModel:
             UnknownAdapterError: no such adapter is loaded.
             ConfigError: the model is merged, or there is no memory to grow the bank.
             AdapterFormatError: the adapter folder is damaged.
-            BaseMismatchError: the adapter does not fit this bundle.
+            BaseMismatchError: as `load_adapter`.
         """
         self._require_bank().replace(name, *self._pack(name, adapter))
 
@@ -241,12 +243,47 @@ class MultiAdapterModel:
         self._gone = self._gone or reason
         self._parts = None
 
-    def _pack(self, name: str, adapter: SdctAdapter | str | Path) -> tuple[Mapping[str, Array], int, int | None]:
+    def _pack(
+        self, name: str, adapter: SdctAdapter | str | Path, *, is_own: bool = False
+    ) -> tuple[Mapping[str, Array], int, int | None]:
         """What the bank keeps of an adapter: its rows, and its numbers of parameters and labels."""
         if not isinstance(adapter, SdctAdapter):
             adapter = SdctAdapter.load(adapter, max_bytes=most_bytes(self.bundle))
         rows = pack(self.bundle, adapter, label=f"adapter {name!r}")
+        probe = adapter.trained_on.probe if adapter.trained_on is not None and not is_own else None
+        if probe is not None:
+            self._check_trained(name, probe, rows)
         return rows, adapter.n_parameters, label_count(self.bundle, adapter)
+
+    def _check_trained(self, name: str, probe: TrainingProbe, rows: Mapping[str, Array]) -> None:
+        """Raise `BaseMismatchError` unless the graph gives what the adapter's model gave when it was trained.
+
+        The adapter runs in a bank of its own, so that nothing waits for it. An engine of TensorRT has its own shapes
+        and is left out.
+        """
+        backend, _ = self._open()
+        if not isinstance(backend, OrtBackend):
+            return
+        tensors = {}
+        for tensor, row in rows.items():
+            tensors[tensor] = backend.zeros((2, *row.shape), row.dtype)
+            backend.write(tensors[tensor], 1, row)
+        taken = {spec.name for spec in self.bundle.inputs}
+        try:
+            feeds, batch = _check_inputs(self.bundle.inputs, {n: a for n, a in probe.inputs.items() if n in taken})
+            outputs = backend.run(feeds | _selection([{name: 1.0}] * batch, {name: 1}), tensors)
+        except SdctError as problem:
+            raise BaseMismatchError(
+                f"adapter {name!r}: this bundle does not run on what the adapter's model ran on when it was saved "
+                f"({problem}); export a bundle from the model it was trained on"
+            ) from problem
+        error, limit = probe.difference(outputs), max(TOLERANCES[probe.dtype], TOLERANCES[self.bundle.dtype])
+        if not error <= limit:
+            raise BaseMismatchError(
+                f"adapter {name!r} gives other outputs in this bundle than when it was trained (off by {error:.1e} of "
+                f"their size, limit {limit:.0e}): some weight that it does not change is another one; export a bundle "
+                "from the model it was trained on"
+            )
 
     def _check_graph(self, backend: Backend[Any], layout: Layout) -> None:
         """Raise `AdapterFormatError` unless the graph has the inputs, outputs and bank that the description says."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..adapter.config import ALL_LINEAR, SdctConfig
-from ..base.model import linear_shape, linear_weight, model_hash
+from ..base.model import checkpoint_vocabulary, linear_shape, linear_weight, model_hash, vocabulary
 from ..base.training import unsaved
 from ..errors import ConfigError, UnsupportedError
 from ..spectral.selection import select_for_weight
@@ -106,6 +108,35 @@ def find_heads(base: nn.Module, config: SdctConfig, targets: Mapping[str, nn.Mod
             )
         _check_head(base, path, module)
     return heads
+
+
+def check_source(base: nn.Module, config: SdctConfig, fresh: tuple[str, ...] | None) -> None:
+    """Compare a transformers model with the checkpoint it names, as far as that lies on this machine.
+
+    Warns where transformers' marks are lost (`copy.deepcopy` drops them), since parameters without a checkpoint can
+    then no longer be found.
+
+    Raises:
+        ConfigError: the vocabulary was resized in memory, and nothing would save the new rows.
+    """
+    source = base_name(base)
+    if source is None:
+        return
+    if fresh is None and not any(parameter.is_meta for parameter in base.parameters()):
+        warnings.warn(
+            f"cannot tell which parameters of this {type(base).__name__} the checkpoint {source} holds: the marks "
+            "that from_pretrained leaves are gone, as on a copy; give get_sdct_model what from_pretrained returned",
+            stacklevel=4,
+        )
+    now, before = vocabulary(getattr(base, "config", None)), checkpoint_vocabulary(source)
+    if now is None or before in (now, None):
+        return
+    table: Any = getattr(base, "get_input_embeddings", lambda: None)()
+    if not any(config.saves(path) for path, module in base.named_modules() if module is table):
+        raise ConfigError(
+            f"the vocabulary was resized to {now}, but the checkpoint {source} has {before} tokens: no file would "
+            "hold the new rows; save the resized base (base.save_pretrained(folder)) and load it from there first"
+        )
 
 
 def with_fresh_heads(base: nn.Module, config: SdctConfig, fresh: tuple[str, ...] | None) -> SdctConfig:

@@ -19,12 +19,13 @@ from ..adapter.adapter import SdctAdapter
 from ..adapter.config import SdctConfig
 from ..adapter.entries import DTYPE_NAMES, VALUE_DTYPES, Array, SdctEntries
 from ..base.model import CHILD, check_base, to_numpy, to_torch
-from ..base.training import check_record, fresh_parameters, record
+from ..base.training import check_record, checksums, fresh_parameters, record
 from ..errors import BaseMismatchError, ConfigError, UnknownAdapterError
 from ..files import check_adapter_name
 from .inject import (
     base_name,
     check_linear,
+    check_source,
     find_heads,
     find_targets,
     fresh_entry,
@@ -76,6 +77,7 @@ class SdctModel(nn.Module):
         self._identities: dict[str, tuple[str, str] | tuple[None, None]] = {}
         self._merged: Any = None
         self._fresh = fresh_parameters(base)
+        self._sums = checksums(base)
         self.register_state_dict_post_hook(_drop_base)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_allow_missing_base)  # type: ignore[no-untyped-call]
 
@@ -90,6 +92,17 @@ class SdctModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the base returns, with the active adapter applied."""
         return self.base(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> SdctModel:
+        """Training mode, or eval mode; running statistics of the base (batch normalisation) stand still in both.
+
+        No adapter holds them: what trains has to see what will be served.
+        """
+        super().train(mode)
+        for module in self.base.modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+                module.eval()
+        return self
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -118,6 +131,7 @@ class SdctModel(nn.Module):
                 "have yet; use 'energy' here, or turn a LoRA or a tuned checkpoint into an adapter with "
                 "`sdct-export project`"
             )
+        check_source(self.base, config, self._fresh)
         config = with_fresh_heads(self.base, config, self._fresh)
         with self.disable_adapter():
             targets = find_targets(self.base, config)
@@ -178,8 +192,13 @@ class SdctModel(nn.Module):
 
         Raises:
             AdapterFormatError: training diverged and left NaN or infinite values.
+            ConfigError: the base changed since the adapters were put on it, which no adapter could bring along.
         """
         self._check_known(name)
+        self._check_base_as_it_was()
+        return self._adapter(name, dtype)
+
+    def _adapter(self, name: str, dtype: str | None = None) -> SdctAdapter:
         value_dtype = DTYPE_NAMES.get(dtype or "float32")
         if value_dtype not in VALUE_DTYPES:
             raise ConfigError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
@@ -230,7 +249,7 @@ class SdctModel(nn.Module):
         if self.active is None:
             raise ConfigError("no adapter is active, so there is nothing to merge; call set_adapter first")
         name = self.active
-        adapter = self.adapter(name)
+        adapter = self._adapter(name)
         self._activate(None)
         try:
             self._merged = (name, merge(self.base, adapter))
@@ -369,6 +388,29 @@ class SdctModel(nn.Module):
             return {path: self.base.get_submodule(path) for path in paths}
         return {key.replace("/", "."): head for key, head in self._parked(name).items()}
 
+    def _check_base_as_it_was(self) -> None:
+        """Refuse a base that trained along: nothing of it is in an adapter, which would stand for another model."""
+        own = {f"base.{path}." for path in self._heads_of(self.active)} if self.active is not None else set()
+        trains = [
+            name.removeprefix("base.")
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad and f".{CHILD}.entries." not in name and not name.startswith(tuple(own))
+        ]
+        changed = []
+        if self._merged is None:  # else its weights hold the adapter; unmerging restores every bit
+            with self.disable_adapter():
+                now = checksums(self.base)
+            for name, (dtype, total) in self._sums.items():
+                if name in now and now[name][0] == dtype and now[name][1] != total:
+                    changed.append(name)
+        for names, what in ((trains, "requires gradients"), (changed, "is not what it was when adapters were added")):
+            if names:
+                raise ConfigError(
+                    f"{names[0]!r} of the base {what} ({len(names)} such tensors), and an adapter holds coefficients "
+                    "and modules_to_save only: freeze it, name its module in modules_to_save, or keep all of it with "
+                    "merge_and_unload() and save_pretrained"
+                )
+
     def _check_new(self, name: str) -> None:
         check_adapter_name(name)
         self._refuse_merged("adding an adapter")
@@ -438,7 +480,7 @@ def _fill(heads: Mapping[str, nn.Module], adapter: SdctAdapter, label: str) -> N
 
 
 def _drop_base(model: SdctModel, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
-    """State-dict hook: keep what adapters own, drop the frozen base."""
+    """State-dict hook: keep what adapters own, and what else a person lets train; drop the frozen base."""
     for key in _base_keys(model):
         state.pop(prefix + key, None)
 
@@ -453,7 +495,9 @@ def _base_keys(model: SdctModel) -> list[str]:
     heads = () if model.active is None else tuple(f"base.{path}." for path in model._heads_of(model.active))
     tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     keys = []
-    for name, _ in tensors:
+    for name, tensor in tensors:
+        if tensor.requires_grad:
+            continue
         in_base = name.startswith("base.") and f".{CHILD}.entries." not in name and not name.startswith(heads)
         if in_base or name.startswith(f"parked.{_OWN}."):
             keys.append(name)

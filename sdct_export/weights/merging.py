@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from ..adapter.adapter import SdctAdapter
 from ..adapter.entries import Array, SdctEntries
-from ..adapter.training import TrainingRecord
+from ..adapter.training import TrainingRecord, check_class
 from ..base.checkpoint import (
     CONFIG_FILE,
     DTYPE_OF,
@@ -43,12 +44,21 @@ from ..base.model import (
     is_conv1d,
     linear_shape,
     linear_weight,
+    load_base,
     to_numpy,
     to_torch,
 )
-from ..base.training import check_class, check_record, class_name, class_of
+from ..base.training import (
+    check_config,
+    check_probe,
+    check_record,
+    class_name,
+    class_of,
+    model_config,
+    set_padding,
+)
 from ..errors import BaseMismatchError, ConfigError, UnsupportedError
-from ..files import copy_inside, new_folder
+from ..files import available_memory, copy_inside, new_folder
 from ..spectral.transform import idct
 
 BAND, COLUMNS = 1 << 18, 64  # elements of dW formed at a time (they fit a cache), and at least so many columns
@@ -194,8 +204,9 @@ def merge_checkpoint(
     merged one at a time as in `merge` and keep their dtype and their shard. Saved modules replace the base's or, where
     it lacks them (a task head), are added, and `config.json` then names the task's class and number of labels.
     Tokenizer and other files are copied; weights in other formats are not, since they would still be unmerged. The
-    class, the parameters the checkpoint lacks and the adapted weights are compared with those the adapter was trained
-    on; its training probe is not, since no model is loaded.
+    class, the configuration, the parameters the checkpoint lacks and the adapted weights are compared with those the
+    adapter was trained on before a byte is written; then the merged model is loaded once and compared with the
+    adapter's training probe. Where the memory does not hold it, that is left out with a warning.
 
     Args:
         base_path: checkpoint folder with `config.json` and `model.safetensors` or its shards.
@@ -231,6 +242,8 @@ def merge_checkpoint(
             write_safetensors(folder / file, [_counted(t, advance) for t in tensors], base.metadata[file])
         if base.index is not None:
             _write_index(folder / INDEX_FILE, base.index, plan)
+        if adapter.trained_on is not None:
+            _compare(folder, size, adapter.trained_on, adapter.config.task_type, chosen)
 
 
 def _renamed(adapter: SdctAdapter, structure: Structure) -> SdctAdapter:
@@ -246,12 +259,27 @@ def _check_training(adapter: SdctAdapter, structure: Structure) -> None:
     if adapter.trained_on is None:
         return
     check_class(adapter.trained_on, class_name(structure.model))
+    set_padding(structure.model, [adapter.trained_on])
+    check_config(adapter.trained_on, model_config(structure.model))
     lost = [name for name in structure.lacking() if name not in adapter.saved and not name.startswith("pooler.")]
     if lost:
         raise BaseMismatchError(
             f"neither the base nor the adapter holds {lost[0]!r} ({len(lost)} such parameters), without which the "
             "trained model cannot be built; copy the whole checkpoint, or train with these modules in modules_to_save"
         )
+
+
+def _compare(folder: Path, size: int, trained: TrainingRecord, task_type: str | None, model_class: str | None) -> None:
+    """Refuse a merged checkpoint whose model does not give what the adapter's model gave when it was trained."""
+    free = available_memory()
+    if free is not None and free < size * 3 // 2:
+        warnings.warn(
+            f"the merged model was not compared with the adapter's training: loading its {size / 2**30:.1f} GiB takes "
+            f"more memory than is free ({free / 2**30:.1f} GiB)",
+            stacklevel=3,
+        )
+    elif trained.probe is not None:
+        check_probe(trained, load_base(folder, task_type, model_class=model_class), None, label="the merged model")
 
 
 def _check_base_hash(adapter: SdctAdapter, base: Checkpoint, structure: Structure) -> None:
@@ -364,11 +392,15 @@ def _write_config(
         raw.pop("num_labels", None)
         raw["id2label"] = {str(i): label for i, label in structure.config.id2label.items()}
         raw["label2id"] = dict(structure.config.label2id)
+    padding = getattr(structure.config, "pad_token_id", None)
+    padded = padding != raw.get("pad_token_id", getattr(type(structure.config), "pad_token_id", None))
+    if padded:
+        raw["pad_token_id"] = padding
     labels = None if trained is None else trained.id2label
     if labels is not None:
         raw |= {"id2label": {str(i): label for i, label in enumerate(labels)}}
         raw |= {"label2id": {label: i for i, label in enumerate(labels)}}
-    if head_added or renamed or structure.resized or labels is not None:
+    if head_added or renamed or structure.resized or padded or labels is not None:
         target.write_text(json.dumps(raw, indent=2) + "\n")
     else:
         copy_inside(base.folder, source, target)

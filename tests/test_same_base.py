@@ -264,7 +264,7 @@ def test_statistics_of_the_base_stand_still() -> None:
     assert torch.equal(model.base.get_buffer("norm.running_mean"), before)
     model.adapter()
     model.base.get_buffer("norm.running_mean").add_(1)
-    with pytest.raises(ConfigError, match="'norm.running_mean' of the base is not what it was"):
+    with pytest.raises(ConfigError, match=r"'norm\.running_mean' of the base is not what it was"):
         model.adapter()
 
 

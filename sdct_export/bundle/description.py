@@ -196,7 +196,7 @@ def _parse(raw: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"base_name must be a string, got {raw['base_name']!r}")
     _text(raw["model_sha256"], "model_sha256")
     for name in ("data_sha256", "training_sha256", "model_class"):
-        if raw.get(name) is not None:
+        if (raw[name] if name == "data_sha256" else raw.get(name)) is not None:
             _text(raw[name], name)
     if not isinstance(raw.get("model_config"), dict | None):
         raise ValueError("model_config must be an object or null")

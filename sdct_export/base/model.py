@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,12 @@ def load_base(
             f"the checkpoint {path} lacks {len(lost)} parameters of {type(model).__name__} (e.g. {lost[0]!r}), and no "
             "adapter saves them, so their values would be made up; copy the whole checkpoint, or train with these "
             "modules in modules_to_save"
+        )
+    if resized:
+        warnings.warn(
+            f"the checkpoint {path} has a trained head of another size, which gives way to that of the adapters: rows "
+            "without an adapter have no head",
+            stacklevel=2,
         )
     with torch.no_grad():
         for key in resized | set(info["missing_keys"]):

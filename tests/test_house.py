@@ -90,7 +90,7 @@ def test_no_circle_of_imports() -> None:
 
 def test_the_import_check_sees_relative_absolute_and_nested_imports() -> None:
     assert imported(PACKAGE / "adapter" / "folder.py") == {
-        "adapter.config", "adapter.entries", "adapter.training", "errors", "files",
+        "adapter.config", "adapter.entries", "adapter.positions", "adapter.training", "errors", "files",
     }  # fmt: skip
     assert {"errors", "adapter.folder", "spectral.transform"} <= imported(PACKAGE / "adapter" / "adapter.py")
     assert "runtime.trt" in imported(PACKAGE / "runtime" / "model.py")  # inside a function

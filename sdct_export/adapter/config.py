@@ -13,7 +13,7 @@ from ..errors import ConfigError
 
 PEFT_TYPE = "SDCT"
 ALL_LINEAR = "all-linear"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest that is read; `folder` says what each one is
 SELECTIONS = ("energy", "top", "random", "low")
 TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM", "FEATURE_EXTRACTION", "IMAGE_CLS")
 

@@ -3,9 +3,17 @@
 adapter_config.json        the fields of `SdctConfig`, `peft_type: "SDCT"`, `format_version`, and, for checks at load
                            time, `shapes` (module -> [d_out, d_in]), `base_model_hash`, `base_model_dtype`,
                            `trained_on` (see `training`)
-adapter_model.safetensors  per module `<path>.sdct_values` float [n] and `<path>.sdct_indices` int32 [n, 2] (row, col);
+adapter_model.safetensors  per module `<path>.sdct_values` float [n], and where the values belong (see below);
                            parameters of `modules_to_save` under their own names
 training_probe.safetensors what the adapted model gave for fixed inputs, where it was trained (see `training`)
+
+By `format_version` the values belong to the coefficients in
+
+1  `<path>.sdct_indices` int32 [n, 2] (row, col) beside each `<path>.sdct_values`, in any order. A folder without the
+   field is of this version, and so is one that is written where a module's shape is not known.
+2  `sdct_positions` uint8 [bytes]: the code of `positions` of every module, one after the other in the order of the
+   module paths (by code point); n is the length of the module's values, which stand in the order of their positions
+   `row * d_in + col`, and `shapes`, which must name every module, gives d_out and d_in.
 """
 
 from __future__ import annotations
@@ -24,6 +32,7 @@ from ..errors import AdapterFormatError, BaseMismatchError, ConfigError
 from ..files import new_folder, open_input, read_json
 from .config import FORMAT_VERSION, PEFT_TYPE, SdctConfig
 from .entries import BFLOAT16, DTYPE_NAMES, Array, SdctEntries, layout_problem
+from .positions import code_bytes, decode, encode
 from .training import TrainingRecord, parse_record
 
 CONFIG_FILE = "adapter_config.json"
@@ -32,6 +41,7 @@ TRAINING_FILE = "training_probe.safetensors"
 TRAINED_ON_FILE = "trained_on.json"  # in a merged export, which holds no adapter folder
 VALUES_SUFFIX = ".sdct_values"
 INDICES_SUFFIX = ".sdct_indices"
+POSITIONS = "sdct_positions"
 MAX_CONFIG_BYTES = 4 << 20
 MAX_HEADER_BYTES = 16 << 20  # room for 100,000 tensors; the format itself allows 100 MB, which takes GB to parse
 MAX_DIMENSIONS = 32
@@ -94,16 +104,28 @@ def read_folder(path: str | Path, *, max_bytes: int | None = None) -> Contents:
     except ConfigError as error:
         raise AdapterFormatError(f"{folder / CONFIG_FILE}: {error}") from error
     shapes = _read_shapes(raw.get("shapes"), folder / CONFIG_FILE)
-    tensors = read_safetensors(weights, lambda stored: _check_tensors(stored, config, shapes, weights, max_bytes))
+    packed = raw.get("format_version", 1) >= 2
+    tensors = read_safetensors(
+        weights, lambda stored: _check_tensors(stored, config, shapes, weights, packed=packed, max_bytes=max_bytes)
+    )
     modules: dict[str, SdctEntries] = {}
-    for name in sorted(tensors):
+    at = 0
+    for name in sorted(tensors, key=lambda name: name.removesuffix(VALUES_SUFFIX)):
         module = name.removesuffix(VALUES_SUFFIX)
         if module != name:
+            values, shape = tensors[name], shapes.get(module)
             try:
-                modules[module] = SdctEntries(tensors[name], tensors[module + INDICES_SUFFIX], shapes.get(module))
+                if packed:
+                    assert shape is not None  # `_check_tensors` saw to it
+                    end = at + code_bytes(len(values), math.prod(shape))
+                    indices = _unpack(tensors[POSITIONS][at:end], len(values), shape)
+                    at = end
+                else:
+                    indices = tensors[module + INDICES_SUFFIX]
+                modules[module] = SdctEntries(values, indices, shape)
             except AdapterFormatError as error:
                 raise AdapterFormatError(f"{weights}: module {module!r}: {error}") from None
-    saved = {n: array for n, array in tensors.items() if not n.endswith((VALUES_SUFFIX, INDICES_SUFFIX))}
+    saved = {n: a for n, a in tensors.items() if n != POSITIONS and not n.endswith((VALUES_SUFFIX, INDICES_SUFFIX))}
     hash_, dtype = raw.get("base_model_hash"), raw.get("base_model_dtype")
     if (hash_, dtype) != (None, None) and not (isinstance(hash_, str) and dtype in tuple(DTYPE_NAMES)):
         raise AdapterFormatError(
@@ -150,16 +172,19 @@ def _check_tensors(
     config: SdctConfig,
     shapes: Mapping[str, tuple[int, int]],
     weights: Path,
+    *,
+    packed: bool,
     max_bytes: int | None,
 ) -> None:
     """Refuse what the header of the weights file shows to be no adapter, before its tensors are read."""
+    coded = 0
     for name in sorted(stored):
         dtype, shape = stored[name]
         if name.endswith(VALUES_SUFFIX):
             module = name.removesuffix(VALUES_SUFFIX)
             if not module:
                 raise AdapterFormatError(f"{weights}: tensor {name!r} names no module; save the adapter again")
-            indices = stored.get(module + INDICES_SUFFIX)
+            indices = Stored(np.dtype(np.int32), (*shape, 2)) if packed else stored.get(module + INDICES_SUFFIX)
             if indices is None:
                 raise AdapterFormatError(
                     f"{weights}: module {module!r} has values but no {module}{INDICES_SUFFIX}; save it again"
@@ -167,7 +192,15 @@ def _check_tensors(
             problem = layout_problem(dtype, shape, indices.dtype, indices.shape, shapes.get(module))
             if problem:
                 raise AdapterFormatError(f"{weights}: module {module!r}: {problem}")
-        elif name.endswith(INDICES_SUFFIX):
+            if packed:
+                if module not in shapes:
+                    raise AdapterFormatError(
+                        f"{weights}: {CONFIG_FILE} lacks the shape of module {module!r}; {_AGAIN}"
+                    )
+                coded += code_bytes(shape[0], math.prod(shapes[module]))
+        elif packed and name == POSITIONS:
+            continue
+        elif name.endswith(INDICES_SUFFIX) and not packed:
             if name.removesuffix(INDICES_SUFFIX) + VALUES_SUFFIX not in stored:
                 raise AdapterFormatError(
                     f"{weights}: {name} has no matching {VALUES_SUFFIX[1:]}; save the adapter again"
@@ -179,6 +212,13 @@ def _check_tensors(
             )
         elif dtype not in DTYPE_NAMES.values():
             raise AdapterFormatError(f"{weights}: saved parameter {name!r} has dtype {dtype}; expected a float type")
+    if packed and (coded or POSITIONS in stored):
+        positions = stored.get(POSITIONS)
+        if positions is None or positions != (np.dtype(np.uint8), (coded,)):
+            found = "missing" if positions is None else f"{positions.dtype} {list(positions.shape)}"
+            raise AdapterFormatError(
+                f"{weights}: {POSITIONS} must be uint8 [{coded}] for the modules in it and is {found}; {_AGAIN}"
+            )
     missing = sorted(module for module in shapes if module + VALUES_SUFFIX not in stored)
     if missing:
         raise AdapterFormatError(f"{weights}: {CONFIG_FILE} lists module {missing[0]!r}, but its tensors are missing")
@@ -204,10 +244,21 @@ def write_folder(path: str | Path, adapter: Contents) -> None:
                 f"saved parameter {name!r} is not part of modules_to_save "
                 f"({list(adapter.config.modules_to_save or [])}) in the adapter's config; name its module there"
             )
-    for module, entries in adapter.modules.items():
-        tensors[module + VALUES_SUFFIX] = entries.values
-        tensors[module + INDICES_SUFFIX] = entries.indices
-    raw: dict[str, Any] = {"peft_type": PEFT_TYPE, "format_version": FORMAT_VERSION} | adapter.config.to_dict()
+    version = 2 if all(entries.shape is not None for entries in adapter.modules.values()) else 1
+    codes = []
+    for module, entries in sorted(adapter.modules.items()):
+        if version == 1:
+            tensors[module + VALUES_SUFFIX] = entries.values
+            tensors[module + INDICES_SUFFIX] = entries.indices
+        else:
+            assert entries.shape is not None
+            flat = entries.indices.astype(np.int64) @ np.array([entries.shape[1], 1])
+            order = np.argsort(flat)
+            tensors[module + VALUES_SUFFIX] = entries.values[order]
+            codes.append(encode(flat[order], math.prod(entries.shape)))
+    if codes:
+        tensors[POSITIONS] = np.concatenate(codes)
+    raw: dict[str, Any] = {"peft_type": PEFT_TYPE, "format_version": version} | adapter.config.to_dict()
     raw["shapes"] = {module: list(e.shape) for module, e in adapter.modules.items() if e.shape is not None}
     if adapter.base_hash is not None:
         raw["base_model_hash"], raw["base_model_dtype"] = adapter.base_hash, adapter.base_dtype
@@ -219,6 +270,11 @@ def write_folder(path: str | Path, adapter: Contents) -> None:
         (folder / WEIGHTS_FILE).write_bytes(encode_safetensors(tensors))
         if probe:
             (folder / TRAINING_FILE).write_bytes(encode_safetensors(probe))
+
+
+def _unpack(code: Array, n: int, shape: tuple[int, int]) -> Array:
+    """The indices, int32 `[n, 2]`, that a module's part of `sdct_positions` stands for."""
+    return np.stack(np.divmod(decode(code, n, math.prod(shape)), shape[1]), axis=1).astype(np.int32)
 
 
 def _saves(config: SdctConfig, parameter: str) -> bool:
@@ -325,7 +381,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path}: peft_type is {raw.get('peft_type')!r}, expected {PEFT_TYPE!r}; "
             "convert other PEFT adapters with `sdct-export project --lora`"
         )
-    version = raw.get("format_version", FORMAT_VERSION)
+    version = raw.get("format_version", 1)
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise AdapterFormatError(f"{path}: format_version must be a positive integer, got {version!r}")
     if version > FORMAT_VERSION:

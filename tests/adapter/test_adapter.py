@@ -14,6 +14,7 @@ import pytest
 from make_adapters import golden, random_adapter
 from references import delta_weight as reference_delta_weight
 from references import relative_error
+from safetensors.numpy import save
 
 from sdct_export.adapter.adapter import SdctAdapter
 from sdct_export.adapter.config import SdctConfig
@@ -22,7 +23,7 @@ from sdct_export.base.identity import base_hash
 from sdct_export.errors import AdapterFormatError, BaseMismatchError, ConfigError, OutputError
 from sdct_export.files import check_adapter_name, new_file, new_folder
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "adapter"
+GOLDEN = {1: Path(__file__).parents[1] / "golden" / "adapter", 2: Path(__file__).parents[1] / "golden" / "adapter_v2"}
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
 
@@ -60,15 +61,17 @@ def test_round_trip_is_bit_exact(tmp_path: Path, dtype: type) -> None:
     assert_identical(SdctAdapter.load(tmp_path / "out"), adapter)
 
 
-def test_golden_file_loads_to_known_numbers() -> None:
-    assert_identical(SdctAdapter.load(GOLDEN), golden())
+@pytest.mark.parametrize("version", GOLDEN)
+def test_golden_file_loads_to_known_numbers(version: int) -> None:
+    assert_identical(SdctAdapter.load(GOLDEN[version]), golden(version))
 
 
-def test_saving_gives_the_golden_bytes(tmp_path: Path) -> None:
-    golden().save(tmp_path / "built")
-    SdctAdapter.load(GOLDEN).save(tmp_path / "copied")
+@pytest.mark.parametrize("version", GOLDEN)
+def test_saving_gives_the_golden_bytes(tmp_path: Path, version: int) -> None:
+    golden(version).save(tmp_path / "built")
+    SdctAdapter.load(GOLDEN[version]).save(tmp_path / "copied")
     for name in FILES:
-        want = (GOLDEN / name).read_bytes()
+        want = (GOLDEN[version] / name).read_bytes()
         assert (tmp_path / "built" / name).read_bytes() == want
         assert (tmp_path / "copied" / name).read_bytes() == want
     assert sorted(p.name for p in (tmp_path / "built").iterdir()) == sorted(FILES)
@@ -84,6 +87,23 @@ def test_a_config_without_optional_fields_and_with_pefts_own_fields_loads(tmp_pa
     assert adapter.base_hash is None
     assert all(entries.shape is None for entries in adapter.modules.values())
     assert adapter.modules.keys() == golden().modules.keys()
+
+
+def test_entries_of_version_1_in_any_order_are_sorted_when_they_are_saved(tmp_path: Path) -> None:
+    sorted_ = random_adapter({"a.q": (48, 96), "b.q": (31, 17)}, 50)
+    mixed, order = {}, np.random.default_rng(1).permutation(50)
+    for name, entries in sorted_.modules.items():
+        mixed[name] = SdctEntries(entries.values[order], entries.indices[order], entries.shape)
+    adapter = SdctAdapter(sorted_.config, mixed)
+    adapter.save(tmp_path / "a")
+    assert_identical(SdctAdapter.load(tmp_path / "a"), sorted_)
+    # as version 1 has it, which an older release wrote in the order of the entries
+    raw = json.loads((tmp_path / "a" / FILES[0]).read_text()) | {"format_version": 1}
+    (tmp_path / "a" / FILES[0]).write_text(json.dumps(raw))
+    tensors = {f"{name}.sdct_values": e.values for name, e in mixed.items()}
+    tensors |= {f"{name}.sdct_indices": e.indices for name, e in mixed.items()}
+    (tmp_path / "a" / FILES[1]).write_bytes(save(tensors))
+    assert_identical(SdctAdapter.load(tmp_path / "a"), adapter)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

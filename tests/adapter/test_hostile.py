@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from sdct_export.adapter.adapter import SdctAdapter
+from sdct_export.adapter.entries import SdctEntries
 from sdct_export.errors import AdapterFormatError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "adapter"
+GOLDENS = {1: GOLDEN, 2: GOLDEN.with_name("adapter_v2")}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Q = "encoder.layer.0.attention.self.query"
 Tensors = dict[str, np.ndarray]
@@ -120,7 +122,8 @@ def test_wrong_tensors(tmp_path: Path, case: str) -> None:
 
 WRONG_CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "unknown field": (lambda c: c | {"rank": 8}, "unknown field 'rank'"),
-    "future version": (lambda c: c | {"format_version": 2}, r"version 2 is newer than this version reads \(1\)"),
+    "future version": (lambda c: c | {"format_version": 3}, r"version 3 is newer than this version reads \(2\)"),
+    "later version": (lambda c: c | {"format_version": 2}, r"unknown tensor '.*\.sdct_indices'"),
     "version 0": (lambda c: c | {"format_version": 0}, "positive integer"),
     "version true": (lambda c: c | {"format_version": True}, "positive integer"),
     "version text": (lambda c: c | {"format_version": "1"}, "positive integer"),
@@ -163,6 +166,60 @@ def test_wrong_configs(tmp_path: Path, case: str) -> None:
     with pytest.raises(AdapterFormatError, match=message) as caught:
         SdctAdapter.load(folder)
     assert str(folder) in str(caught.value)
+
+
+def version_2() -> tuple[dict[str, Any], Tensors]:
+    """Config and tensors of the golden adapter of version 2, whose three modules have 5, 6 and 4 values."""
+    adapter = SdctAdapter.load(GOLDENS[2])
+    raw: dict[str, Any] = json.loads((GOLDENS[2] / CONFIG).read_text())
+    found = {f"{module}.sdct_values": entries.values.copy() for module, entries in adapter.modules.items()}
+    header, body = header_of(2)
+    begin, end = header["sdct_positions"]["data_offsets"]
+    found |= {name: array.copy() for name, array in adapter.saved.items()}
+    return raw, found | {"sdct_positions": np.frombuffer(body[begin:end], np.uint8).copy()}
+
+
+def set_positions(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[dict[str, Any], Tensors], None]:
+    return lambda c, t: t.update(sdct_positions=change(t["sdct_positions"]))
+
+
+WRONG_POSITIONS: dict[str, tuple[Callable[[dict[str, Any], Tensors], object], str]] = {
+    "missing": (lambda c, t: t.pop("sdct_positions"), r"sdct_positions must be uint8 \[14\] .* and is missing"),
+    "short": (set_positions(lambda p: p[:-1]), r"uint8 \[14\] .* is uint8 \[13\]"),
+    "long": (set_positions(lambda p: np.append(p, p[:1])), r"uint8 \[14\] .* is uint8 \[15\]"),
+    "of rank 2": (set_positions(lambda p: p.reshape(2, 7)), r"uint8 \[14\] .* is uint8 \[2, 7\]"),
+    "int8": (set_positions(lambda p: p.view(np.int8)), r"uint8 \[14\] .* is int8"),
+    "zeros": (set_positions(np.zeros_like), r"layer\.0\.attention\.self\.query': its positions are damaged"),
+    "ones": (set_positions(lambda p: p | 255), "its positions are damaged"),
+    "of another module": (set_positions(lambda p: np.roll(p, 5)), "its positions are damaged"),
+    "another shape": (lambda c, t: c["shapes"].update({Q: [2, 3]}), r"sdct_positions must be uint8 \[11\]"),
+    "no shapes": (lambda c, t: c.pop("shapes"), "lacks the shape of module"),
+    "a shape missing": (lambda c, t: c["shapes"].pop(Q), f"lacks the shape of module '{Q}'"),
+    "more values": (lambda c, t: t.update({f"{Q}.sdct_values": np.ones(97, np.float32)}), "more than its 12 x 8"),
+    "no values": (lambda c, t: t.update({f"{Q}.sdct_values": np.ones(0, np.float32)}), "n >= 1"),
+    "values of rank 0": (lambda c, t: t.update({f"{Q}.sdct_values": np.ones((), np.float32)}), r"shape \[n\]"),
+    "a module too many": (
+        lambda c, t: t.update({"x.sdct_values": np.ones(2, np.float32)}) or c["shapes"].update(x=[3, 3]),
+        r"sdct_positions must be uint8 \[16\]",
+    ),
+    "indices too": (
+        lambda c, t: t.update({f"{Q}.sdct_indices": np.zeros((5, 2), np.int32)}),
+        "unknown tensor '.*sdct_indices'",
+    ),
+    "as version 1": (lambda c, t: c.update(format_version=1), r"has values but no .*\.sdct_indices"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_POSITIONS)
+def test_wrong_positions(tmp_path: Path, case: str) -> None:
+    change, message = WRONG_POSITIONS[case]
+    raw, changed = version_2()
+    assert SdctAdapter.load(write(tmp_path / "good", raw, changed)).modules[Q].n == 5
+    change(raw, changed)
+    folder = write(tmp_path / "a", raw, changed)
+    with pytest.raises(AdapterFormatError, match=message) as caught:
+        SdctAdapter.load(folder)
+    assert str(folder / WEIGHTS) in str(caught.value)
 
 
 def test_config_that_is_not_text(tmp_path: Path) -> None:
@@ -268,12 +325,13 @@ def test_path_that_is_no_folder(tmp_path: Path, path: str) -> None:
 # fuzzing: whatever the bytes, the loader gives a valid adapter or AdapterFormatError
 
 FUZZ = settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
-BYTES = {name: (GOLDEN / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+BYTES = {(v, name): (folder / name).read_bytes() for v, folder in GOLDENS.items() for name in (CONFIG, WEIGHTS)}
+VERSIONS = pytest.mark.parametrize("version", GOLDENS)
 
 
 @pytest.fixture
-def scratch(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(GOLDEN, tmp_path / "fuzzed"))
+def scratch(tmp_path: Path, version: int) -> Path:
+    return Path(shutil.copytree(GOLDENS[version], tmp_path / "fuzzed"))
 
 
 def load_or_refuse(folder: Path) -> None:
@@ -286,9 +344,13 @@ def load_or_refuse(folder: Path) -> None:
     again = SdctAdapter.load(copy)
     shutil.rmtree(copy)
     assert again.config == adapter.config
-    assert {m: e.values.tobytes() for m, e in again.modules.items()} == {
-        m: e.values.tobytes() for m, e in adapter.modules.items()
-    }
+    assert all(coefficients(e) == coefficients(adapter.modules[m]) for m, e in again.modules.items())
+    assert again.modules.keys() == adapter.modules.keys()
+
+
+def coefficients(entries: SdctEntries) -> set[tuple[int, int, bytes]]:
+    """What the entries say, in whatever order."""
+    return {(*index, value.tobytes()) for index, value in zip(entries.indices.tolist(), entries.values, strict=True)}
 
 
 edits = st.lists(
@@ -298,11 +360,12 @@ edits = st.lists(
 )
 
 
+@VERSIONS
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 @FUZZ
 @given(changes=edits)
-def test_fuzzed_bytes(scratch: Path, name: str, changes: list[tuple[str, float, bytes]]) -> None:
-    data = bytearray(BYTES[name])
+def test_fuzzed_bytes(scratch: Path, version: int, name: str, changes: list[tuple[str, float, bytes]]) -> None:
+    data = bytearray(BYTES[version, name])
     for kind, where, new in changes:
         at = int(where * len(data))
         if kind == "set":
@@ -311,8 +374,8 @@ def test_fuzzed_bytes(scratch: Path, name: str, changes: list[tuple[str, float, 
             data[at:at] = new
         else:
             del data[at : at + len(new) ** 2]
-    (scratch / CONFIG).write_bytes(BYTES[CONFIG])
-    (scratch / WEIGHTS).write_bytes(BYTES[WEIGHTS])
+    (scratch / CONFIG).write_bytes(BYTES[version, CONFIG])
+    (scratch / WEIGHTS).write_bytes(BYTES[version, WEIGHTS])
     (scratch / name).write_bytes(data)
     load_or_refuse(scratch)
 
@@ -321,31 +384,37 @@ plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_si
 values = st.recursive(plain, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=8), v, max_size=3))
 
 
+@VERSIONS
 @FUZZ
 @given(changes=st.dictionaries(st.sampled_from(sorted(config())), values, min_size=1, max_size=3))
-def test_fuzzed_config_fields(scratch: Path, changes: dict[str, object]) -> None:
-    (scratch / CONFIG).write_text(json.dumps(json.loads(BYTES[CONFIG]) | changes))
+def test_fuzzed_config_fields(scratch: Path, version: int, changes: dict[str, object]) -> None:
+    (scratch / CONFIG).write_text(json.dumps(json.loads(BYTES[version, CONFIG]) | changes))
     load_or_refuse(scratch)
 
 
-HEADER_SIZE = struct.unpack("<Q", BYTES[WEIGHTS][:8])[0]
-HEADER = json.loads(BYTES[WEIGHTS][8 : 8 + HEADER_SIZE])
+def header_of(version: int) -> tuple[dict[str, Any], bytes]:
+    """The header of a golden file, and the bytes after it."""
+    data = BYTES[version, WEIGHTS]
+    size = struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8 : 8 + size]), data[8 + size :]
 
 
+@VERSIONS
 @FUZZ
 @given(
-    name=st.sampled_from(sorted(HEADER)),
+    which=st.integers(0, 99),
     rename=st.none()
-    | st.sampled_from(["", ".", "classifier", "classifier.", f"{Q}.sdct_values.x"])
+    | st.sampled_from(["", ".", "classifier", "classifier.", f"{Q}.sdct_values.x", "sdct_positions"])
     | st.text(max_size=9),
     changes=st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets"]), values, max_size=2),
     dtype=st.none() | st.sampled_from(["F64", "F16", "BF16", "I32", "I64", "U8", "BOOL", "F8_E5M2", "C64"]),
 )
 def test_fuzzed_tensor_headers(
-    scratch: Path, name: str, rename: str | None, changes: dict[str, object], dtype: str | None
+    scratch: Path, version: int, which: int, rename: str | None, changes: dict[str, object], dtype: str | None
 ) -> None:
-    header = dict(HEADER)
+    header, body = header_of(version)
+    name = sorted(header)[which % len(header)]
     tensor = header.pop(name) | changes | ({"dtype": dtype} if dtype else {})
     header[name if rename is None else rename] = tensor
-    (scratch / WEIGHTS).write_bytes(file_of(header, BYTES[WEIGHTS][8 + HEADER_SIZE :]))
+    (scratch / WEIGHTS).write_bytes(file_of(header, body))
     load_or_refuse(scratch)

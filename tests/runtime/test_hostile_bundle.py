@@ -312,7 +312,7 @@ def sparse_adapter(folder: Path, size: int, shape: tuple[int, int] | None = None
     make_adapter(0).save(folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     config["shapes"] = {} if shape is None else {"block.q": shape}
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q"]}))
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q"], "format_version": 1}))
     header = json.dumps(
         {
             "block.q.sdct_values": {"dtype": "F32", "shape": [n], "data_offsets": [0, 4 * n]},

@@ -183,18 +183,20 @@ class SdctModel(nn.Module):
 
     # -- results -------------------------------------------------------------------------------------------------
 
-    def adapter(self, name: str = "default", *, dtype: str | None = None) -> SdctAdapter:
+    def adapter(self, name: str | None = None, *, dtype: str | None = None) -> SdctAdapter:
         """A frozen copy of adapter `name`.
 
         Args:
-            name: which adapter.
+            name: which adapter; None for the one that is active or merged, or the only one.
             dtype: `float32`, `float16` or `bfloat16` for the values; None keeps float32.
 
         Raises:
             AdapterFormatError: training diverged and left NaN or infinite values.
-            ConfigError: the base changed since the adapters were put on it, which no adapter could bring along.
+            ConfigError: `name` is None, and there are several adapters, none of them active; or the base changed since
+                the adapters were put on it, which no adapter could bring along.
+            UnknownAdapterError: there is no such adapter.
         """
-        self._check_known(name)
+        name = self._meant(name)
         self._check_base_as_it_was()
         return self._adapter(name, dtype)
 
@@ -230,7 +232,7 @@ class SdctModel(nn.Module):
         """Parameters of the base that its checkpoint did not hold, None where that is not known."""
         return self._fresh
 
-    def save_adapter(self, path: str | Path, adapter_name: str = "default", *, dtype: str | None = None) -> None:
+    def save_adapter(self, path: str | Path, adapter_name: str | None = None, *, dtype: str | None = None) -> None:
         """Write adapter `adapter_name` as the new folder `path`. Raises as `adapter`, and `OutputError`."""
         self.adapter(adapter_name, dtype=dtype).save(path)
 
@@ -416,6 +418,18 @@ class SdctModel(nn.Module):
         self._refuse_merged("adding an adapter")
         if name in self.configs:
             raise ConfigError(f"an adapter named {name!r} exists already; choose another name")
+
+    def _meant(self, name: str | None) -> str:
+        """`name`, which must be known, or the adapter that a caller who names none must mean."""
+        if name is None:
+            name = self._merged[0] if self._merged is not None else self.active
+        if name is None and len(self.configs) > 1:
+            raise ConfigError(
+                f"this model has {len(self.configs)} adapters ({', '.join(self.configs)}) and none is active; name one"
+            )
+        name = next(iter(self.configs), "default") if name is None else name
+        self._check_known(name)
+        return name
 
     def _check_known(self, name: str) -> None:
         if name not in self.configs:

@@ -330,6 +330,35 @@ def test_names_of_adapters() -> None:
         model.add_adapter("head", config(target_modules=["classifier"], modules_to_save=None))
 
 
+def test_the_adapter_that_is_meant_is_the_active_or_the_only_one(tmp_path: Path) -> None:
+    model = get_sdct_model(classifier(), config(), "legal").eval()
+    train(model, 1)
+    model.save_adapter(tmp_path / "a")
+    want = model.adapter("legal").modules
+    assert any(e.values.any() for e in want.values())
+
+    def same(adapter: SdctAdapter) -> bool:
+        return all(np.array_equal(e.values, want[m].values) for m, e in adapter.modules.items())
+
+    assert same(SdctAdapter.load(tmp_path / "a"))
+    with model.disable_adapter():
+        assert same(model.adapter())  # the only one
+    model.add_adapter("medical", config(seed=1))
+    assert same(model.adapter())
+    assert not same(model.adapter("medical"))
+    model.merge()
+    assert same(model.adapter())
+    model.unmerge()
+    model.set_adapter("medical")
+    assert not same(model.adapter())
+    with (
+        model.disable_adapter(),
+        pytest.raises(ConfigError, match=r"2 adapters \(legal, medical\) and none is active"),
+    ):
+        model.save_adapter(tmp_path / "b")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
 def test_the_model_looks_like_its_base() -> None:
     base = FAMILIES["llama"].model()
     model = get_sdct_model(base, SdctConfig(["q_proj", "v_proj"], 20))

@@ -320,9 +320,9 @@ def _export_dtype(base: _Base, dtype: str | None) -> str:
 
 
 def _ship(folder: Path, name: str, source: AdapterLike, adapter: SdctAdapter, head: str | None) -> AdapterRecord:
-    """Copy an adapter's two files byte for byte, or save one that lives in memory."""
+    """Copy an adapter's files byte for byte, or save one that lives in memory or in a checkpoint."""
     target = folder / ADAPTERS_FOLDER / name
-    if isinstance(source, SdctAdapter):
+    if isinstance(source, SdctAdapter) or not (Path(source) / CONFIG_FILE).exists():
         adapter.save(target)
     else:
         target.mkdir(parents=True)

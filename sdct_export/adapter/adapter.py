@@ -14,6 +14,7 @@ from ..errors import AdapterFormatError, BaseMismatchError
 from .config import SdctConfig
 from .entries import Array, SdctEntries, check_fit
 from .folder import WEIGHTS_FILE, Contents, read_folder, write_folder
+from .state import STATE_FILE, is_checkpoint, read_checkpoint
 from .training import TrainingRecord
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class SdctAdapter:
 
     @classmethod
     def load(cls, path: str | Path, *, max_bytes: int | None = None) -> SdctAdapter:
-        """Read and validate an adapter folder.
+        """Read and validate an adapter folder, or a checkpoint of `transformers.Trainer` (its active adapter).
 
         Args:
             path: the folder.
@@ -76,11 +77,12 @@ class SdctAdapter:
             AdapterFormatError: naming file, module and remedy.
             BaseMismatchError: its tensors have more than `max_bytes`; they are not read.
         """
-        contents = read_folder(path, max_bytes=max_bytes)
+        checkpoint = is_checkpoint(Path(path))
+        contents = (read_checkpoint if checkpoint else read_folder)(path, max_bytes=max_bytes)
         try:
             return cls(*contents)
         except AdapterFormatError as error:
-            raise AdapterFormatError(f"{Path(path) / WEIGHTS_FILE}: {error}") from None
+            raise AdapterFormatError(f"{Path(path) / (STATE_FILE if checkpoint else WEIGHTS_FILE)}: {error}") from None
 
     def save(self, path: str | Path) -> None:
         """Write the adapter folder `path`, complete or not at all. The same adapter always gives the same bytes.

@@ -19,6 +19,7 @@ By `format_version` the values belong to the coefficients in
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -97,16 +98,43 @@ def read_folder(path: str | Path, *, max_bytes: int | None = None) -> Contents:
         raise AdapterFormatError(
             f"{folder} is not a folder; an sDCT adapter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
         )
-    raw = _read_config(folder / CONFIG_FILE)
-    weights = folder / WEIGHTS_FILE
+    config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    raw = _read_config(config)
+    contents = parse_contents(
+        raw, lambda check: read_safetensors(weights, check), config=config, weights=weights, max_bytes=max_bytes
+    )
+    return contents._replace(trained_on=_read_training(raw.get("trained_on"), folder))
+
+
+def parse_contents(
+    raw: dict[str, Any],
+    read: Callable[[Callable[[Mapping[str, Stored]], None]], Mapping[str, Array]],
+    *,
+    config: Path,
+    weights: Path,
+    max_bytes: int | None = None,
+) -> Contents:
+    """The contents of an adapter, without its training record.
+
+    Args:
+        raw: the fields of `adapter_config.json`, as `check_fields` gives them.
+        read: gives the tensors of `adapter_model.safetensors`, once the check it is handed has seen their header.
+        config: what messages call the file of `raw`.
+        weights: what they call the file of the tensors.
+        max_bytes: see `read_folder`.
+
+    Raises:
+        AdapterFormatError: naming the file, the module and what to do.
+        BaseMismatchError: its tensors have more than `max_bytes`; they are not read.
+    """
     try:
-        config = SdctConfig(**{key: value for key, value in raw.items() if key in _CONFIG_FIELDS})
+        settings = SdctConfig(**{key: value for key, value in raw.items() if key in _CONFIG_FIELDS})
     except ConfigError as error:
-        raise AdapterFormatError(f"{folder / CONFIG_FILE}: {error}") from error
-    shapes = _read_shapes(raw.get("shapes"), folder / CONFIG_FILE)
+        raise AdapterFormatError(f"{config}: {error}") from error
+    shapes = _read_shapes(raw.get("shapes"), config)
     packed = raw.get("format_version", 1) >= 2
-    tensors = read_safetensors(
-        weights, lambda stored: _check_tensors(stored, config, shapes, weights, packed=packed, max_bytes=max_bytes)
+    tensors = read(
+        lambda stored: _check_tensors(stored, settings, shapes, weights, packed=packed, max_bytes=max_bytes)
     )
     modules: dict[str, SdctEntries] = {}
     at = 0
@@ -129,10 +157,10 @@ def read_folder(path: str | Path, *, max_bytes: int | None = None) -> Contents:
     hash_, dtype = raw.get("base_model_hash"), raw.get("base_model_dtype")
     if (hash_, dtype) != (None, None) and not (isinstance(hash_, str) and dtype in tuple(DTYPE_NAMES)):
         raise AdapterFormatError(
-            f"{folder / CONFIG_FILE}: base_model_hash and base_model_dtype belong together: a string and one of "
+            f"{config}: base_model_hash and base_model_dtype belong together: a string and one of "
             f"{', '.join(DTYPE_NAMES)}; got {hash_!r} and {dtype!r}"
         )
-    return Contents(config, modules, saved, hash_, dtype, _read_training(raw.get("trained_on"), folder))
+    return Contents(settings, modules, saved, hash_, dtype, None)
 
 
 def write_training(folder: Path, record: TrainingRecord) -> None:
@@ -258,18 +286,32 @@ def write_folder(path: str | Path, adapter: Contents) -> None:
             codes.append(encode(flat[order], math.prod(entries.shape)))
     if codes:
         tensors[POSITIONS] = np.concatenate(codes)
-    raw: dict[str, Any] = {"peft_type": PEFT_TYPE, "format_version": version} | adapter.config.to_dict()
-    raw["shapes"] = {module: list(e.shape) for module, e in adapter.modules.items() if e.shape is not None}
-    if adapter.base_hash is not None:
-        raw["base_model_hash"], raw["base_model_dtype"] = adapter.base_hash, adapter.base_dtype
+    shapes = {module: entries.shape for module, entries in adapter.modules.items() if entries.shape is not None}
+    raw = fields_of(adapter.config, shapes, adapter.base_hash, adapter.base_dtype, adapter.trained_on, version)
     probe = {} if adapter.trained_on is None else adapter.trained_on.tensors()
-    if adapter.trained_on is not None:
-        raw["trained_on"] = adapter.trained_on.to_dict()
     with new_folder(path) as folder:
         (folder / CONFIG_FILE).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
         (folder / WEIGHTS_FILE).write_bytes(encode_safetensors(tensors))
         if probe:
             (folder / TRAINING_FILE).write_bytes(encode_safetensors(probe))
+
+
+def fields_of(
+    config: SdctConfig,
+    shapes: Mapping[str, tuple[int, int]],
+    base_hash: str | None,
+    base_dtype: str | None,
+    trained_on: TrainingRecord | None,
+    version: int = FORMAT_VERSION,
+) -> dict[str, Any]:
+    """The fields of `adapter_config.json`, JSON-ready."""
+    raw: dict[str, Any] = {"peft_type": PEFT_TYPE, "format_version": version} | config.to_dict()
+    raw["shapes"] = {module: list(shape) for module, shape in shapes.items()}
+    if base_hash is not None:
+        raw["base_model_hash"], raw["base_model_dtype"] = base_hash, base_dtype
+    if trained_on is not None:
+        raw["trained_on"] = trained_on.to_dict()
+    return raw
 
 
 def _unpack(code: Array, n: int, shape: tuple[int, int]) -> Array:
@@ -299,20 +341,31 @@ def read_safetensors(
     with open_input(path, AdapterFormatError, "copy the whole adapter folder") as (file, size):
         if size > limit:
             raise AdapterFormatError(f"{path} has {size} bytes; an adapter's may have up to {limit}")
-        try:
-            stored = _read_header(file, size)
-        except (ValueError, RecursionError) as error:
-            raise AdapterFormatError(
-                f"{path} is truncated or not a safetensors file ({error}); copy or save it again"
-            ) from None
-        if check is not None:
-            check(stored)
-        tensors: dict[str, Array] = {}
-        for name, tensor in stored.items():
-            data = file.read(tensor.nbytes)
-            if len(data) != tensor.nbytes:
-                raise AdapterFormatError(f"{path} was cut off while it was read; copy or save it again")
-            tensors[name] = np.frombuffer(data, tensor.dtype).reshape(tensor.shape)
+        return _read_tensors(file, size, path, check)
+
+
+def decode_safetensors(data: bytes, label: object) -> dict[str, Array]:
+    """The tensors of a safetensors file in memory, which messages call `label`. Raises as `read_safetensors`."""
+    return _read_tensors(io.BytesIO(data), len(data), label, None)
+
+
+def _read_tensors(
+    file: BinaryIO, size: int, label: object, check: Callable[[Mapping[str, Stored]], None] | None
+) -> dict[str, Array]:
+    try:
+        stored = _read_header(file, size)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFormatError(
+            f"{label} is truncated or not a safetensors file ({error}); copy or save it again"
+        ) from None
+    if check is not None:
+        check(stored)
+    tensors: dict[str, Array] = {}
+    for name, tensor in stored.items():
+        data = file.read(tensor.nbytes)
+        if len(data) != tensor.nbytes:
+            raise AdapterFormatError(f"{label} was cut off while it was read; copy or save it again")
+        tensors[name] = np.frombuffer(data, tensor.dtype).reshape(tensor.shape)
     return tensors
 
 
@@ -375,7 +428,15 @@ def encode_safetensors(tensors: dict[str, Array]) -> bytes:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    raw = read_json(path, MAX_CONFIG_BYTES, AdapterFormatError, _AGAIN, unique=True)
+    return check_fields(read_json(path, MAX_CONFIG_BYTES, AdapterFormatError, _AGAIN, unique=True), path)
+
+
+def check_fields(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    """`raw` if it can be the content of `adapter_config.json`, which messages call `path`.
+
+    Raises:
+        AdapterFormatError: another kind of adapter, a newer version, a field that is unknown or missing.
+    """
     if raw.get("peft_type") != PEFT_TYPE:
         raise AdapterFormatError(
             f"{path}: peft_type is {raw.get('peft_type')!r}, expected {PEFT_TYPE!r}; "

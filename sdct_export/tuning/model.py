@@ -35,6 +35,7 @@ from .inject import (
     with_fresh_heads,
 )
 from .layer import SdctEntry, SdctLayer, add_active
+from .state import Described, check_described, describe
 
 _OWN = "__base__"  # stands for the base's own heads; no adapter can have this name
 
@@ -60,7 +61,8 @@ class SdctModel(nn.Module):
     """A frozen base with sDCT adapters; made by `get_sdct_model` or `SdctModel.from_adapter`.
 
     `state_dict` holds the adapters only (coefficients and saved modules), so that the checkpoints of a training loop
-    stay small; `load_state_dict` accepts the same.
+    stay small, and what they are (`state`), for which the model runs once on a small input. `load_state_dict` accepts
+    the same, and refuses a state of another scaling, class or base.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -114,6 +116,14 @@ class SdctModel(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self.base),), self.__dict__
+
+    def get_extra_state(self) -> Tensor:
+        """What `state_dict` says of the adapters beside their tensors, uint8 `[bytes]`."""
+        return describe(self.base, self._described(), self.active, self._fresh)
+
+    def set_extra_state(self, state: object) -> None:
+        """Raise `ConfigError` or `BaseMismatchError` unless a state dict that says this is one of such a model."""
+        check_described(state, self.base, self._described(), self.active)
 
     # -- adapters ------------------------------------------------------------------------------------------------
 
@@ -326,6 +336,15 @@ class SdctModel(nn.Module):
             layer = module._modules.get(CHILD)
             if isinstance(layer, SdctLayer):
                 yield path, module, layer
+
+    def _described(self) -> dict[str, Described]:
+        shapes: dict[str, dict[str, tuple[int, int]]] = {name: {} for name in self.configs}
+        for path, linear, layer in self._layers():
+            for name in layer.entries:
+                shapes[name][path] = shape_of(linear)
+        return {
+            name: Described(config, shapes[name], *self._identities[name]) for name, config in self.configs.items()
+        }
 
     def _add(
         self,

@@ -6,12 +6,14 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES
 from torch import Tensor, nn
 
-from sdct_export import SdctConfig, SdctModel, get_sdct_model
+from sdct_export import SdctAdapter, SdctConfig, SdctModel, get_sdct_model
+from sdct_export.errors import AdapterFormatError, BaseMismatchError, ConfigError
 
 IDS = torch.tensor([[5, 17, 40, 3, 22, 71, 9], [90, 2, 2, 61, 8, 33, 14]])
 LABELS = torch.tensor([1, 3])
@@ -77,6 +79,105 @@ def test_trainer_trains_evaluates_checkpoints_and_resumes(tmp_path: Path) -> Non
     trainer(resumed, tmp_path).train(resume_from_checkpoint=str(checkpoint.parent))
     for one, other in zip(resumed.adapter().modules.values(), model.adapter().modules.values(), strict=True):
         torch.testing.assert_close(torch.from_numpy(one.values.copy()), torch.from_numpy(other.values.copy()))
+
+
+def test_checkpoints_of_trainer_are_adapters_that_load(tmp_path: Path) -> None:
+    """Twelve steps, and the second checkpoint after the last: each is the model as it was then."""
+    model = started(scaling=0.5)
+    loop = trainer(model, tmp_path / "out")
+    loop.train()
+    model.eval()
+    want = model(input_ids=IDS).logits
+    adapter = SdctAdapter.load(tmp_path / "out" / "checkpoint-12")
+    saved = model.adapter()
+    assert adapter.config == saved.config
+    assert (adapter.base_hash, adapter.base_dtype) == (saved.base_hash, saved.base_dtype)
+    assert adapter.trained_on is not None
+    assert saved.trained_on is not None
+    assert adapter.trained_on.to_dict() == saved.trained_on.to_dict()
+    assert adapter.trained_on.probe is not None
+    assert saved.trained_on.probe is not None
+    for name, values in saved.trained_on.probe.outputs.items():
+        np.testing.assert_allclose(adapter.trained_on.probe.outputs[name], values, rtol=1e-5, atol=1e-6)
+    for name, entries in saved.modules.items():
+        assert adapter.modules[name].values.tobytes() == entries.values.tobytes()
+        assert adapter.modules[name].indices.tobytes() == entries.indices.tobytes()
+        assert adapter.modules[name].shape == entries.shape
+    assert {n: a.tobytes() for n, a in adapter.saved.items()} == {n: a.tobytes() for n, a in saved.saved.items()}
+    again = SdctModel.from_adapter(FAMILIES["bert-classifier"].model(), tmp_path / "out" / "checkpoint-12").eval()
+    assert torch.equal(again(input_ids=IDS).logits, want)
+    half = SdctModel.from_adapter(FAMILIES["bert-classifier"].model(), tmp_path / "out" / "checkpoint-6").eval()
+    assert (half(input_ids=IDS).logits - want).abs().max() > 1e-2
+    adapter.save(tmp_path / "saved")  # and it is an adapter like any other
+    assert SdctAdapter.load(tmp_path / "saved").trained_on is not None
+    resumed = started(scaling=0.5)
+    trainer(resumed, tmp_path / "out").train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-6"))
+    torch.testing.assert_close(resumed.eval()(input_ids=IDS).logits, want)
+    with pytest.raises(ConfigError, match=r"with scaling 0\.5, in the model it has 1\.0"):
+        trainer(started(), tmp_path / "out").train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-6"))
+    other = FAMILIES["bert-classifier"].model()
+    with torch.no_grad():  # a weight that no adapter touches: only the probe can tell
+        other.get_parameter("bert.embeddings.word_embeddings.weight").mul_(1.5)
+    with pytest.raises(BaseMismatchError, match="other outputs"):
+        SdctModel.from_adapter(other, adapter)
+
+
+def test_the_shell_exports_a_checkpoint(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+    from transformers import AutoModelForSequenceClassification
+
+    from sdct_export.cli import main
+    from sdct_export.runtime import MultiAdapterModel
+
+    FAMILIES["bert-classifier"].model().save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = get_sdct_model(base, SdctConfig(["query", "value"], 30, modules_to_save=["classifier"]))
+    trainer(model, tmp_path / "out").train()
+    model.eval()
+    arguments = ["--model", str(tmp_path / "base"), "--adapter", str(tmp_path / "out" / "checkpoint-12")]
+    done = CliRunner().invoke(main, [*arguments, "--output", str(tmp_path / "bundle")])
+    assert done.exit_code == 0, done.output
+    with MultiAdapterModel(tmp_path / "bundle", device="cpu") as bundle:
+        feeds = {"input_ids": IDS.numpy(), "attention_mask": np.ones((2, 7), np.int64)}
+        got = bundle.run(feeds, adapters=["checkpoint-12", None])["logits"]
+    want = model(input_ids=IDS).logits.detach()
+    with model.disable_adapter():
+        base_row = model(input_ids=IDS).logits.detach()
+    torch.testing.assert_close(torch.from_numpy(got[0]), want[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.from_numpy(got[1]), base_row[1], rtol=1e-4, atol=1e-4)
+    assert (want - base_row).abs().max() > 1e-2
+
+
+def test_several_adapters_in_one_checkpoint(tmp_path: Path) -> None:
+    """Trainer's file, written as Trainer writes it: the active adapter is the one that loads, with its own head."""
+    from safetensors.torch import save_file
+
+    model = started()
+    model.add_adapter("second", SdctConfig(["key"], 20, modules_to_save=["classifier"]))
+
+    def saved(name: str) -> SdctAdapter:
+        (tmp_path / name).mkdir()
+        save_file(model.state_dict(), tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+        return SdctAdapter.load(tmp_path / name)
+
+    first = saved("a")
+    assert {n.rpartition(".")[2] for n in first.modules} == {"query", "value"}
+    assert first.trained_on is not None
+    assert first.trained_on.probe is not None
+    model.set_adapter("second")
+    with torch.no_grad():
+        model.base.get_parameter("classifier.weight").add_(1)
+    second = saved("b")
+    assert {n.rpartition(".")[2] for n in second.modules} == {"key"}
+    np.testing.assert_allclose(second.saved["classifier.weight"], first.saved["classifier.weight"] + 1, rtol=1e-6)
+    with model.disable_adapter(), pytest.raises(AdapterFormatError, match="holds 2 adapters and none was active"):
+        saved("c")
+    model = started()
+    with model.disable_adapter():
+        only = saved("d")
+    assert only.saved.keys() == first.saved.keys()
+    assert only.trained_on is not None
+    assert only.trained_on.probe is None
 
 
 def test_trainer_with_bf16_and_gradient_checkpointing(tmp_path: Path) -> None:

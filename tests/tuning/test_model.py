@@ -406,7 +406,8 @@ def test_a_state_dict_holds_the_adapters_alone() -> None:
     model.add_adapter("second", config(seed=5))
     train(model)
     state = model.state_dict()
-    assert sum(t.numel() for t in state.values()) == 2 * (4 * 30 * 3 + 4 * 48 + 4)
+    assert sum(t.numel() for t in state.values() if t.dtype != torch.uint8) == 2 * (4 * 30 * 3 + 4 * 48 + 4)
+    assert [key for key, t in state.items() if t.dtype == torch.uint8] == ["_extra_state"]
     fresh = get_sdct_model(classifier(), config(seed=7)).eval()
     fresh.add_adapter("second", config())
     assert not torch.equal(fresh(input_ids=IDS).logits, model(input_ids=IDS).logits)
@@ -420,6 +421,44 @@ def test_a_state_dict_holds_the_adapters_alone() -> None:
     outer = nn.ModuleDict({"inner": model})
     assert len(outer.state_dict()) == len(state)
     outer.load_state_dict(outer.state_dict())
+
+
+def test_a_state_dict_of_another_model_is_refused_before_anything_is_loaded() -> None:
+    model = get_sdct_model(classifier(), config(scaling=2.0)).eval()
+    train(model)
+    state, want = model.state_dict(), model(input_ids=IDS).logits
+
+    def refused(other: SdctModel, error: type[Exception], message: str) -> None:
+        before = other.state_dict()
+        for strict in (True, False):  # transformers' Trainer loads with strict=False
+            with pytest.raises(error, match=message):
+                other.load_state_dict(state, strict=strict)
+        assert all(torch.equal(t, before[key]) for key, t in other.state_dict().items())
+
+    refused(get_sdct_model(classifier(), config()), ConfigError, "'default' with scaling 2.0, in the model it has 1.0")
+    refused(get_sdct_model(classifier(), config(scaling=2.0), "legal"), ConfigError, "'default', the model has legal;")
+    changed = classifier()
+    with torch.no_grad():
+        changed.get_parameter("bert.encoder.layer.1.attention.self.value.weight")[0, 0] += 1
+    refused(get_sdct_model(changed, config(scaling=2.0)), BaseMismatchError, "other base weights")
+    both = get_sdct_model(classifier(), config(scaling=2.0))
+    both.add_adapter("second", config())
+    both.set_adapter("second")
+    refused(both, ConfigError, "active adapter is 'default', here it is 'second'")
+    derived = type("Pooled", (type(classifier()),), {})
+    other = classifier()
+    other.__class__ = derived
+    refused(get_sdct_model(other, config(scaling=2.0)), BaseMismatchError, "was trained on BertForSequence")
+    fresh = get_sdct_model(classifier(), config(scaling=2.0, seed=4)).eval()
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh(input_ids=IDS).logits, want)
+    without = {key: t for key, t in state.items() if key != "_extra_state"}
+    with pytest.raises(RuntimeError, match=r"Missing key.*_extra_state"):
+        fresh.load_state_dict(without)
+    with pytest.raises(AdapterFormatError, match="none of an sDCT model"):
+        fresh.load_state_dict(state | {"_extra_state": torch.zeros(3)})
+    with pytest.raises(AdapterFormatError, match="truncated"):
+        fresh.load_state_dict(state | {"_extra_state": state["_extra_state"][:-1]})
 
 
 def test_peft_still_refuses_methods_of_others() -> None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..adapter.config import SdctConfig
 from ..adapter.folder import fields_of
 from ..adapter.state import State, decode_state, encode_state
-from ..base.training import check_class, class_name, record
+from ..adapter.training import check_class
+from ..base.training import class_name, record
 from ..errors import AdapterFormatError, BaseMismatchError, ConfigError
 
 _LABEL = Path("the state dict")

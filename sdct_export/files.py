@@ -19,7 +19,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,6 +38,7 @@ _READ = _INPUT | getattr(os, "O_NOFOLLOW", 0)
 _WRITE = _READ if os.name != "nt" else os.O_RDWR  # Windows synchronises only what is open for writing
 # what file systems answer that do not know a call; a folder that may not be read cannot be synchronised either
 _REFUSED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
+_NO_REPLACE, _EXCHANGE = 1, 2  # RENAME_NOREPLACE and RENAME_EXCHANGE of renameat2
 _NO_SYNC = _REFUSED | {errno.EBADF, errno.EACCES, errno.EISDIR}
 
 
@@ -52,20 +53,35 @@ def check_adapter_name(name: object) -> str:
 
 
 @contextlib.contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
+def new_folder(path: str | Path, *, may_replace: Callable[[Path], None] | None = None) -> Iterator[Path]:
     """Yield a temporary folder beside `path` and move it to `path` when the block ends without an error.
 
-    It is on the disk, not only in memory, when the block has ended. Of several writers at once exactly one succeeds.
+    It is on the disk, not only in memory, when the block has ended. Of several writers at once exactly one succeeds,
+    or, where they may replace, the last one. A folder is replaced in one step where the system can swap two (Linux);
+    elsewhere a crash between two steps leaves the old one whole as `.<name>.<16 hex digits>.old` beside it.
+
+    Args:
+        path: the folder to make.
+        may_replace: called with `path` where something stands there; raises `OutputError` where that must stay.
+            Without it nothing is ever replaced.
 
     Raises:
-        OutputError: `path` exists already, its parent cannot be made, or the disk refused a write.
+        OutputError: `path` exists already and may not be replaced, its parent cannot be made, or the disk refused a
+            write.
     """
     target = Path(path)
-    refuse_existing(target)
+    if may_replace is None:
+        refuse_existing(target)
+    elif os.path.lexists(target):
+        may_replace(target)
     with _locked(target, folder=True) as work:
         yield work
         _sync_tree(work)
-        _move_new(work, target)
+        if may_replace is not None and os.path.lexists(target):
+            may_replace(target)  # again, for what happened meanwhile
+            _swap(work, target)
+        else:
+            _move_new(work, target)
 
 
 @contextlib.contextmanager
@@ -332,16 +348,39 @@ def _move_new(work: Path, target: Path) -> None:
         raise
 
 
+def _swap(work: Path, target: Path) -> None:
+    """Put the folder `work` in the place of `target`, and what stood there in that of `work`."""
+    try:
+        _rename(work, target, _EXCHANGE)
+        return
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+    old = target.parent / f".{target.name}.{secrets.token_hex(8)}.old"  # which no writer takes for abandoned
+    os.rename(target, old)
+    try:
+        os.rename(work, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+    os.rename(old, work)
+
+
 def _rename_new(work: Path, target: Path) -> None:
     """`os.rename` that never replaces anything, where POSIX replaces an empty folder. Raises `OSError`."""
     if os.name == "nt":
         os.rename(work, target)
-        return
+    else:
+        _rename(work, target, _NO_REPLACE)
+
+
+def _rename(work: Path, target: Path, flag: int) -> None:
+    """Linux' `renameat2`. Raises `OSError`, with one of `_REFUSED` where the system or the disk does not know it."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, TypeError):  # macOS has no such function, Windows no such library
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
-    here, no_replace = -100, 1  # AT_FDCWD, RENAME_NOREPLACE
-    if rename(here, os.fsencode(work), here, os.fsencode(target), no_replace) != 0:
+    here = -100  # AT_FDCWD
+    if rename(here, os.fsencode(work), here, os.fsencode(target), flag) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), str(target))

@@ -84,15 +84,18 @@ class SdctAdapter:
         except AdapterFormatError as error:
             raise AdapterFormatError(f"{Path(path) / (STATE_FILE if checkpoint else WEIGHTS_FILE)}: {error}") from None
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the adapter folder `path`, complete or not at all. The same adapter always gives the same bytes.
+
+        With `overwrite` an adapter that stands there is replaced: at any moment the old or the new one is whole.
 
         Raises:
             AdapterFormatError: its config does not name what it saves, so that the folder would not load.
-            OutputError: `path` exists already, or writing failed.
+            OutputError: `path` exists already and, with `overwrite`, is or holds something else than an adapter; or
+                writing failed.
         """
         contents = Contents(self.config, self.modules, self.saved, self.base_hash, self.base_dtype, self.trained_on)
-        write_folder(path, contents)
+        write_folder(path, contents, overwrite=overwrite)
 
     @property
     def n_parameters(self) -> int:

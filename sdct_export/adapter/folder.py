@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from ..errors import AdapterFormatError, BaseMismatchError, ConfigError
+from ..errors import AdapterFormatError, BaseMismatchError, ConfigError, OutputError
 from ..files import new_folder, open_input, read_json
 from .config import FORMAT_VERSION, PEFT_TYPE, SdctConfig
 from .entries import BFLOAT16, DTYPE_NAMES, Array, SdctEntries, layout_problem
@@ -258,12 +258,12 @@ def _check_tensors(
         )
 
 
-def write_folder(path: str | Path, adapter: Contents) -> None:
+def write_folder(path: str | Path, adapter: Contents, *, overwrite: bool = False) -> None:
     """Write an adapter folder, complete or not at all. The same contents always give the same bytes.
 
     Raises:
         AdapterFormatError: its config does not name what it saves, so that the folder would not load.
-        OutputError: `path` exists already, or writing failed.
+        OutputError: `path` exists already and, with `overwrite`, is something else than an adapter; or writing failed.
     """
     tensors: dict[str, Array] = dict(adapter.saved)
     for name in tensors:
@@ -289,11 +289,33 @@ def write_folder(path: str | Path, adapter: Contents) -> None:
     shapes = {module: entries.shape for module, entries in adapter.modules.items() if entries.shape is not None}
     raw = fields_of(adapter.config, shapes, adapter.base_hash, adapter.base_dtype, adapter.trained_on, version)
     probe = {} if adapter.trained_on is None else adapter.trained_on.tensors()
-    with new_folder(path) as folder:
+    with new_folder(path, may_replace=_refuse_other if overwrite else None) as folder:
         (folder / CONFIG_FILE).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
         (folder / WEIGHTS_FILE).write_bytes(encode_safetensors(tensors))
         if probe:
             (folder / TRAINING_FILE).write_bytes(encode_safetensors(probe))
+
+
+def _refuse_other(target: Path) -> None:
+    """Raise `OutputError` unless `target` is an adapter's folder with nothing else in it, or an empty one."""
+    if target.is_symlink() or not target.is_dir():
+        raise OutputError(f"{target} is no folder of an adapter and is not overwritten; choose another output")
+    try:
+        names = set(os.listdir(target))  # noqa: PTH208, as names are what is wanted
+    except OSError as error:
+        raise OutputError(f"cannot look into {target}: {error.strerror or error}; choose another output") from error
+    other = sorted(names - {CONFIG_FILE, WEIGHTS_FILE, TRAINING_FILE})
+    if other:
+        raise OutputError(
+            f"{target} holds {other[0]!r}, which is no file of an adapter and would be lost; choose another "
+            "output, or move it away"
+        )
+    try:
+        raw = read_json(target / CONFIG_FILE, MAX_CONFIG_BYTES, AdapterFormatError, _AGAIN) if names else None
+    except AdapterFormatError as error:
+        raise OutputError(f"{target} is no sDCT adapter and is not overwritten: {error}") from None
+    if raw is not None and raw.get("peft_type") != PEFT_TYPE:
+        raise OutputError(f"{target} is an adapter of another kind and is not overwritten; choose another output")
 
 
 def fields_of(

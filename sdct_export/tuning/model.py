@@ -242,9 +242,14 @@ class SdctModel(nn.Module):
         """Parameters of the base that its checkpoint did not hold, None where that is not known."""
         return self._fresh
 
-    def save_adapter(self, path: str | Path, adapter_name: str | None = None, *, dtype: str | None = None) -> None:
-        """Write adapter `adapter_name` as the new folder `path`. Raises as `adapter`, and `OutputError`."""
-        self.adapter(adapter_name, dtype=dtype).save(path)
+    def save_adapter(
+        self, path: str | Path, adapter_name: str | None = None, *, dtype: str | None = None, overwrite: bool = False
+    ) -> None:
+        """Write adapter `adapter_name` as the folder `path`, which is new or, with `overwrite`, an adapter's.
+
+        Raises as `adapter`, and as `SdctAdapter.save`.
+        """
+        self.adapter(adapter_name, dtype=dtype).save(path, overwrite=overwrite)
 
     def save_pretrained(self, *_: object, **__: object) -> None:
         """Refuse what the base would do under this name: write itself with the adapters' tensors mixed in."""

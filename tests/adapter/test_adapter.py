@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 import pickle
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import ml_dtypes
@@ -16,6 +20,7 @@ from references import delta_weight as reference_delta_weight
 from references import relative_error
 from safetensors.numpy import save
 
+from sdct_export import files
 from sdct_export.adapter.adapter import SdctAdapter
 from sdct_export.adapter.config import SdctConfig
 from sdct_export.adapter.entries import SdctEntries, check_fit
@@ -286,6 +291,117 @@ def test_an_existing_output_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     with pytest.raises(OutputError, match="exists already"):
         golden().save(tmp_path / "dangling")
+
+
+# overwriting: the old or the new one, whole
+
+
+def variant(value: float) -> SdctAdapter:
+    return SdctAdapter(
+        SdctConfig(["q"], 1), {"q": SdctEntries(np.full(1, value, np.float32), np.zeros((1, 2), np.int32), (4, 4))}
+    )
+
+
+def value_of(folder: Path) -> float:
+    return float(SdctAdapter.load(folder).modules["q"].values[0])
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_overwriting_replaces_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
+    if not exchange:  # as on a system that cannot swap two folders in one step
+
+        def refuse(work: Path, target: Path, flag: int) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+        monkeypatch.setattr(files, "_rename", refuse)
+    golden().save(tmp_path / "a", overwrite=True)
+    assert (tmp_path / "a" / FILES[0]).exists()
+    for value in (1.0, 2.0):
+        variant(value).save(tmp_path / "a", overwrite=True)
+        assert value_of(tmp_path / "a") == value
+        assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    SdctAdapter.load(tmp_path / "a").save(tmp_path / "a", overwrite=True)  # its own source
+    assert value_of(tmp_path / "a") == 2.0
+    with pytest.raises(OutputError, match="exists already"):
+        variant(3.0).save(tmp_path / "a")
+    (tmp_path / "empty").mkdir()
+    variant(4.0).save(tmp_path / "empty", overwrite=True)
+    assert value_of(tmp_path / "empty") == 4.0
+
+
+def test_overwriting_never_replaces_anything_else(tmp_path: Path) -> None:
+    def refused(name: str, message: str) -> None:
+        before = sorted((p, p.is_file() and p.read_bytes()) for p in tmp_path.rglob("*"))
+        with pytest.raises(OutputError, match=message):
+            variant(1.0).save(tmp_path / name, overwrite=True)
+        assert sorted((p, p.is_file() and p.read_bytes()) for p in tmp_path.rglob("*")) == before
+
+    golden().save(tmp_path / "a")
+    (tmp_path / "a" / "notes.txt").write_text("mine")
+    refused("a", "holds 'notes.txt', which is no file of an adapter")
+    (tmp_path / "file").write_text("mine")
+    refused("file", "is no folder of an adapter")
+    golden().save(tmp_path / "real")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    refused("link", "is no folder of an adapter")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / FILES[1]).write_text("weights of something")
+    refused("half", "no sDCT adapter and is not overwritten: .*adapter_config.json is missing")
+    (tmp_path / "half" / FILES[0]).write_text('{"peft_type": "LORA"}')
+    refused("half", "an adapter of another kind")
+
+
+@pytest.mark.parametrize("at", ["work", "first", "second"])
+def test_a_failure_while_overwriting_leaves_the_old_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    variant(1.0).save(tmp_path / "a")
+    renamed, calls = os.rename, []
+
+    def no_swap(work: Path, target: Path, flag: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    def fail(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == {"first": 1, "second": 2}[at]:
+            raise OSError(errno.EIO, "Input/output error")
+        renamed(source, target)
+
+    def full(self: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if at == "work":
+        monkeypatch.setattr(Path, "write_bytes", full)
+    else:
+        monkeypatch.setattr(files, "_rename", no_swap)
+        monkeypatch.setattr(files.os, "rename", fail)
+    with pytest.raises(OutputError, match="failed"):
+        variant(2.0).save(tmp_path / "a", overwrite=True)
+    assert value_of(tmp_path / "a") == 1.0
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_killed_overwriting_leaves_the_old_or_the_new_adapter(tmp_path: Path) -> None:
+    """A writer that replaces in a loop is killed at random moments; a reader finds one of its adapters each time."""
+    script = (
+        "import sys, itertools; sys.path[:0] = sys.argv[2:]\n"
+        "from test_adapter import variant\n"
+        "for i in itertools.count(): variant(float(i % 1000)).save(sys.argv[1], overwrite=True); print(i, flush=True)"
+    )
+    variant(0.0).save(tmp_path / "a")
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]
+    for k in range(4):
+        with subprocess.Popen(
+            [sys.executable, "-c", script, tmp_path / "a", *paths], stdout=subprocess.PIPE
+        ) as writer:
+            assert writer.stdout is not None
+            for _ in range(3 + k):
+                writer.stdout.readline()
+            time.sleep(0.0007 * k)
+            writer.kill()
+        assert value_of(tmp_path / "a") >= 0
+    variant(5.0).save(tmp_path / "a", overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]  # what killed writers left is gone
 
 
 @pytest.mark.parametrize("failing", ["write_text", "write_bytes"])

@@ -61,6 +61,8 @@ class SdctConfig:
     def __post_init__(self) -> None:
         targets = self.target_modules
         if isinstance(targets, str):
+            if len(targets) > 10_000:  # which an adapter's file may hold, and which takes long to compile
+                raise ConfigError(f"target_modules is a pattern of {len(targets)} characters; it may have 10000")
             try:
                 re.compile(targets)
             except (re.error, OverflowError, RecursionError) as error:

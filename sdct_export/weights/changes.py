@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..errors import AdapterFormatError, BaseMismatchError, UnsupportedError
 from ..spectral.transform import dct
 
 BAND, COLUMNS = 1 << 18, 64  # elements transformed at a time (they fit a cache), and at least so many columns
+PATTERN_SECONDS = 10.0  # for all names of an adapter, each of which takes microseconds
 _PREFIX = "base_model.model."
 # PEFT settings under which `dW = scaling * B A` holds; where another one is set, PEFT itself does the merge
 _PLAIN_LORA = {
@@ -208,6 +210,7 @@ def _lora(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, Array], st
     shapes: dict[str, tuple[int, int]] = {}
     factors: dict[str, tuple[Array, Array, float]] = {}
     ignored = []
+    until = time.monotonic() + PATTERN_SECONDS
     for name in sorted(tensors):
         stem, found, kind = name.rpartition(".lora_")
         if not found or kind == "B.bias":
@@ -225,13 +228,13 @@ def _lora(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, Array], st
         path = structure.resolve(f"{stem}.weight").removesuffix(".weight")
         shape = linear_shape(find_linear(structure.model, path))
         assert shape is not None
-        rank = _pattern(raw["rank_pattern"], stem, raw["r"])
+        rank = _pattern(folder, raw["rank_pattern"], stem, raw["r"], until)
         if (b.shape, a.shape) != ((shape[0], rank), (rank, shape[1])):
             raise BaseMismatchError(
                 f"{folder}: module {stem!r} has factors {list(b.shape)} and {list(a.shape)}, but the base weight is "
                 f"{shape[0]} x {shape[1]} and the rank {rank}; use the base model the adapter was trained on"
             )
-        alpha = _pattern(raw["alpha_pattern"], stem, raw["lora_alpha"])
+        alpha = _pattern(folder, raw["alpha_pattern"], stem, raw["lora_alpha"], until)
         shapes[path] = shape
         factors[path] = b, a, alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank)
     if not shapes:
@@ -248,6 +251,7 @@ def _lora(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, Array], st
 
 def _merged_by_peft(base: Checkpoint, folder: Path, task: str | None, structure: Structure) -> _Parts:
     """The difference that merging makes to each adapted layer, by PEFT itself on the base in float32."""
+    _refuse_slow_patterns(folder)
     try:
         import peft
         from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -321,17 +325,57 @@ def _read_peft_config(folder: Path) -> dict[str, Any]:
         for value in (raw.get("lora_alpha"), *raw["alpha_pattern"].values()):
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise AdapterFormatError(f"{path}: lora_alpha and alpha_pattern must hold numbers, got {value!r}")
-        for key in (*raw["rank_pattern"], *raw["alpha_pattern"]):
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise AdapterFormatError(f"{path}: pattern {key!r} is no regular expression: {error}") from error
+        for field in ("rank_pattern", "alpha_pattern"):
+            raw[field] = [(_compiled(path, key), value) for key, value in raw[field].items()]
     return raw
 
 
-def _pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """PEFT's rule for `rank_pattern` and `alpha_pattern`: the first key that matches the end of the module path."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+def _compiled(path: Path, key: str) -> Any:
+    """PEFT's rule for a key of `rank_pattern` or `alpha_pattern`: it matches the end of a module path.
+
+    `regex` understands what `re` does, and can be stopped: some patterns take it and `re` longer than anybody lives.
+    """
+    import regex
+
+    try:
+        return regex.compile(rf"(.*\.)?({key})$")
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise AdapterFormatError(f"{path}: pattern {key[:99]!r} is no regular expression: {error}") from None
+
+
+def _pattern(folder: Path, patterns: Sequence[tuple[Any, Any]], path: str, default: Any, until: float) -> Any:
+    """The value of the first pattern that matches a module path, else `default`; refused after the time `until`."""
+    for compiled, value in patterns:
+        try:
+            if compiled.match(path, timeout=max(until - time.monotonic(), 1e-3)):
+                return value
+        except (TimeoutError, RecursionError, MemoryError):
+            raise AdapterFormatError(
+                f"{folder}: rank_pattern or alpha_pattern holds a pattern that takes too long to match "
+                f"({compiled.pattern[8:-2][:99]!r}); write the names of the modules instead"
+            ) from None
+    return default
+
+
+def _refuse_slow_patterns(folder: Path) -> None:
+    """Refuse patterns of a PEFT configuration that may take Python's `re`, which PEFT uses, more than polynomial time.
+
+    Allowed are up to four repetitions, each of one character or class, and three groups, which are not repeated.
+    """
+    raw = read_json(folder / "adapter_config.json", AdapterFormatError)
+    for field in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+        value = raw.get(field)
+        for pattern in (value,) if isinstance(value, str) else value if isinstance(value, list | dict) else ():
+            if field in ("target_modules", "exclude_modules") and not isinstance(value, str):
+                continue  # names, which are compared
+            text = str(pattern)
+            groups = text.count("(")
+            repeats = len(re.findall(r"[*+?{]", text.replace("(?", "(")))
+            if len(text) > 1000 or repeats > 4 or groups > 3 or re.search(r"\)[*+?{]", text):
+                raise UnsupportedError(
+                    f"{folder}: {field} holds the pattern {text[:99]!r}, which may take for ever to match; write the "
+                    "names of the modules into adapter_config.json instead, as a list"
+                )
 
 
 def _task_of(class_name: object) -> str | None:

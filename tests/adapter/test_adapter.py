@@ -200,6 +200,7 @@ def test_an_adapter_needs_something_to_apply_and_finite_heads() -> None:
         ({"target_modules": ""}, "target_modules is empty"),
         ({"target_modules": "("}, "not a valid regular expression"),
         ({"target_modules": "a{99999999999999999999}"}, "not a valid regular expression"),
+        ({"target_modules": "a" * 10_001}, "10001 characters"),
         ({"target_modules": [1]}, "non-empty module names"),
         ({"target_modules": {"a": 1}}, "must be a list"),
         ({"modules_to_save": "classifier"}, "must be a list"),

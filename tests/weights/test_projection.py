@@ -375,6 +375,29 @@ def test_odd_lora_configurations(
         project(bert, lora=edited(lora, tmp_path / "peft", fields))
 
 
+def test_patterns_that_would_take_for_ever(
+    bert: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's `re` needs more than a minute for the first two."""
+    hopeless = {"rank_pattern": {r"(\w+\.?)+!": 9}, "alpha_pattern": {r"([a-z]+\.?)+!": 9.0}}
+    want = project(bert, lora=lora).adapter
+    got = project(bert, lora=edited(lora, tmp_path / "a", hopeless)).adapter  # they match nothing
+    for module, entries in want.modules.items():
+        assert np.array_equal(got.modules[module].values, entries.values)
+    monkeypatch.setattr("sdct_export.weights.changes.PATTERN_SECONDS", 0.2)
+    with pytest.raises(AdapterFormatError, match=r"takes too long to match \('\(\?:\(\.\+\?\).*names of the modules"):
+        project(bert, lora=edited(lora, tmp_path / "b", {"rank_pattern": {r"(?:(.+?)(.*?))*\d\d": 9}}))
+    with pytest.raises(AdapterFormatError, match="no regular expression"):
+        project(bert, lora=edited(lora, tmp_path / "c", {"rank_pattern": {"(?:" * 2000 + "a" + ")*" * 2000: 9}}))
+    # where PEFT merges, it matches by `re`, which nobody can stop
+    slow = {"use_dora": True, "target_modules": r"(\w+\.?)+!"}
+    with pytest.raises(UnsupportedError, match=r"target_modules holds the pattern .*may take for ever"):
+        project(bert, lora=edited(lora, tmp_path / "d", slow))
+    for field in ("rank_pattern", "alpha_pattern"):
+        with pytest.raises(UnsupportedError, match=rf"{field} holds the pattern"):
+            project(bert, lora=edited(lora, tmp_path / field, {"use_dora": True, field: {"a?" * 5: 3}}))
+
+
 def without(t: Tensors, part: str) -> Tensors:
     return {name: tensor for name, tensor in t.items() if part not in name}
 

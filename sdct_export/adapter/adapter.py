@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +15,7 @@ from ..errors import AdapterFormatError, BaseMismatchError
 from .config import SdctConfig
 from .entries import Array, SdctEntries, check_fit
 from .folder import WEIGHTS_FILE, Contents, read_folder, write_folder
+from .hub import download, is_repository, upload
 from .state import STATE_FILE, is_checkpoint, read_checkpoint
 from .training import TrainingRecord
 
@@ -84,6 +86,62 @@ class SdctAdapter:
         except AdapterFormatError as error:
             raise AdapterFormatError(f"{Path(path) / (STATE_FILE if checkpoint else WEIGHTS_FILE)}: {error}") from None
 
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, revision: str | None = None, token: str | bool | None = None
+    ) -> SdctAdapter:
+        """`load` a folder, or the adapter in a repository of the Hugging Face Hub (`user/name`).
+
+        Args:
+            name_or_path: a folder; what is none, a repository.
+            revision: branch, tag or commit of the repository.
+            token: for a private repository; None for the one that `hf auth login` has stored.
+
+        Raises:
+            AdapterFormatError: there is no such folder or repository, it is out of reach, or damaged.
+        """
+        if os.path.isdir(name_or_path) or not is_repository(str(name_or_path)):  # noqa: PTH112, as in `read_folder`
+            return cls.load(name_or_path)
+        return cls.load(download(str(name_or_path), revision=revision, token=token))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Write the adapter's files, and nothing of the base, into a repository of the Hugging Face Hub.
+
+        Args:
+            repo_id: `user/name`; made where it does not exist.
+            commit_message: of the one commit.
+            private: whether a repository that is made now is private.
+            token: None for the one that `hf auth login` has stored.
+            revision: the branch to write to, made where it does not exist; the default one otherwise.
+            create_pr: open a pull request instead of writing to the branch.
+
+        Returns:
+            The commit's URL.
+
+        Raises:
+            AdapterFormatError: its config does not name what it saves.
+            ConfigError: `repo_id` cannot name a repository.
+            OutputError: the repository cannot be reached or written.
+        """
+        return upload(
+            self._contents(),
+            repo_id,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the adapter folder `path`, complete or not at all. The same adapter always gives the same bytes.
 
@@ -94,8 +152,10 @@ class SdctAdapter:
             OutputError: `path` exists already and, with `overwrite`, is or holds something else than an adapter; or
                 writing failed.
         """
-        contents = Contents(self.config, self.modules, self.saved, self.base_hash, self.base_dtype, self.trained_on)
-        write_folder(path, contents, overwrite=overwrite)
+        write_folder(path, self._contents(), overwrite=overwrite)
+
+    def _contents(self) -> Contents:
+        return Contents(self.config, self.modules, self.saved, self.base_hash, self.base_dtype, self.trained_on)
 
     @property
     def n_parameters(self) -> int:

@@ -37,6 +37,7 @@ from .inject import (
 from .layer import SdctEntry, SdctLayer, add_active
 from .state import Described, check_described, describe
 
+_WRITING = ("save", "push", "upload", "_save_pre", "_push", "_upload")  # names of the base that are not handed on
 _OWN = "__base__"  # stands for the base's own heads; no adapter can have this name
 
 
@@ -91,6 +92,26 @@ class SdctModel(nn.Module):
         model.set_adapter(adapter_name)
         return model
 
+    @staticmethod
+    def from_pretrained(
+        base: nn.Module,
+        name_or_path: str | Path,
+        adapter_name: str = "default",
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> SdctModel:
+        """`from_adapter` of a folder, or of a repository of the Hugging Face Hub; base first, as PEFT has it.
+
+        Raises as `SdctAdapter.from_pretrained` and `from_adapter`.
+        """
+        if not isinstance(base, nn.Module):
+            raise ConfigError(
+                f"from_pretrained takes the base model first and the adapter second, got {type(base).__name__!r}"
+            )
+        adapter = SdctAdapter.from_pretrained(name_or_path, revision=revision, token=token)
+        return SdctModel.from_adapter(base, adapter, adapter_name)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the base returns, with the active adapter applied."""
         return self.base(*args, **kwargs)
@@ -112,6 +133,11 @@ class SdctModel(nn.Module):
         except AttributeError:
             if name == "base":
                 raise
+            if name.startswith(_WRITING):
+                raise AttributeError(
+                    f"{name} of the base would write the base with the adapter's tensors in it; save_adapter(path) or "
+                    "push_to_hub(repository) write the adapter, merge_and_unload() gives a plain model"
+                ) from None
             return getattr(super().__getattr__("base"), name)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -251,12 +277,20 @@ class SdctModel(nn.Module):
         """
         self.adapter(adapter_name, dtype=dtype).save(path, overwrite=overwrite)
 
-    def save_pretrained(self, *_: object, **__: object) -> None:
-        """Refuse what the base would do under this name: write itself with the adapters' tensors mixed in."""
-        raise ConfigError(
-            "save_pretrained would mix the adapter into the base's files; call save_adapter(path) for the adapter, or "
-            "sdct_export.merge_checkpoint(base_path, adapter, output_path) for a merged checkpoint"
-        )
+    def save_pretrained(
+        self, save_directory: str | Path, adapter_name: str | None = None, *, dtype: str | None = None
+    ) -> None:
+        """`save_adapter` under the name Hugging Face gives it: an adapter that stands there is replaced.
+
+        As PEFT's, it writes the adapter and nothing of the base (for that: `merge_and_unload().save_pretrained`).
+        """
+        self.save_adapter(save_directory, adapter_name, dtype=dtype, overwrite=True)
+
+    def push_to_hub(
+        self, repo_id: str, adapter_name: str | None = None, *, dtype: str | None = None, **settings: Any
+    ) -> str:
+        """Publish one adapter, and nothing of the base: `SdctAdapter.push_to_hub`, which says what else it takes."""
+        return self.adapter(adapter_name, dtype=dtype).push_to_hub(repo_id, **settings)
 
     def merge(self) -> None:
         """Add the active adapter into the base's weights and heads, so that the forward costs what the base costs."""

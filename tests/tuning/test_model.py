@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import shutil
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from sdct_export.errors import (
     AdapterFormatError,
     BaseMismatchError,
     ConfigError,
+    OutputError,
     UnknownAdapterError,
     UnsupportedError,
 )
@@ -368,10 +371,74 @@ def test_the_model_looks_like_its_base() -> None:
     assert model.config is base.config
     want = base.generate(IDS, max_new_tokens=4, do_sample=False)
     assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False), want)
-    with pytest.raises(ConfigError, match="save_adapter"):
-        model.save_pretrained("anywhere")
+    for name in ("save_to_hub", "save_checkpoint", "push_somewhere", "_upload_modified_files", "_save_pretrained"):
+        setattr(type(base), name, lambda self: None)
+        try:
+            assert not hasattr(model, name)
+            with pytest.raises(AttributeError, match="would write the base with the adapter's tensors in it"):
+                getattr(model, name)
+        finally:
+            delattr(type(base), name)
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = model.no_such_thing
+
+
+def test_hugging_face_names_write_and_publish_the_adapter_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    model = get_sdct_model(classifier(), config(), "legal").eval()
+    want = model(input_ids=IDS).logits
+    files = ["adapter_config.json", "adapter_model.safetensors", "training_probe.safetensors"]
+    for _ in range(2):  # as others do, it replaces what it wrote before
+        model.save_pretrained(tmp_path / "a")
+        assert sorted(p.name for p in (tmp_path / "a").iterdir()) == files
+        train(model, 1)
+    (tmp_path / "a" / "tokenizer.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"holds 'tokenizer\.json'"):
+        model.save_pretrained(tmp_path / "a")
+    sent: dict[str, Any] = {}
+
+    class Api:
+        """What `HfApi` would be asked."""
+
+        def __init__(self, token: str | None = None) -> None:
+            sent["token"] = token
+
+        def create_repo(self, repo_id: str, **settings: Any) -> Any:
+            sent["repository"] = repo_id, settings
+            return types.SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, *, folder_path: Path, **settings: Any) -> Any:
+            shutil.copytree(folder_path, tmp_path / "sent")
+            sent["upload"] = settings
+            return types.SimpleNamespace(commit_url="https://hub/commit/1")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    model.eval()
+    assert model.push_to_hub("me/legal", dtype="float16", private=True, token="hf_x") == "https://hub/commit/1"
+    assert sorted(p.name for p in (tmp_path / "sent").iterdir()) == files
+    assert sent["token"] == "hf_x"
+    assert sent["repository"] == ("me/legal", {"private": True, "exist_ok": True})
+    assert sent["upload"]["allow_patterns"] == [files[0], files[1], files[2]]
+    assert sum(p.stat().st_size for p in (tmp_path / "sent").iterdir()) < 40_000  # no weight of the base
+
+    def snapshot(repository: str, **settings: Any) -> str:
+        assert (repository, settings["revision"]) == ("me/legal", "v1")
+        assert sorted(settings["allow_patterns"]) == files
+        return str(tmp_path / "sent")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    again = SdctModel.from_pretrained(classifier(), "me/legal", "mine", revision="v1").eval()
+    assert again.adapters == ["mine"]
+    now = model(input_ids=IDS).logits
+    torch.testing.assert_close(again(input_ids=IDS).logits, now, rtol=2e-2, atol=2e-2)
+    assert (now - want).abs().max() > 5e-2
+    folder = SdctModel.from_pretrained(classifier(), tmp_path / "sent").eval()
+    assert torch.equal(folder(input_ids=IDS).logits, again(input_ids=IDS).logits)
+    with pytest.raises(ConfigError, match="takes the base model first"):
+        SdctModel.from_pretrained("me/legal", classifier())  # type: ignore[arg-type]
 
 
 def test_only_scaling_times_learning_rate_matters_to_adam() -> None:

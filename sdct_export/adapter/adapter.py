@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import AdapterFormatError, BaseMismatchError
+from ..errors import AdapterFormatError, BaseMismatchError, SdctError
 from .config import SdctConfig
 from .entries import Array, SdctEntries, check_fit
 from .folder import WEIGHTS_FILE, Contents, read_folder, write_folder
@@ -21,6 +21,9 @@ from .training import TrainingRecord
 
 if TYPE_CHECKING:
     import torch
+
+
+_READINGS = 20  # of a folder that another process replaces all the time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,19 +75,34 @@ class SdctAdapter:
         """Read and validate an adapter folder, or a checkpoint of `transformers.Trainer` (its active adapter).
 
         Args:
-            path: the folder.
+            path: the folder. One that is replaced meanwhile (`save(overwrite=True)`) is read again, so that its files
+                are of one adapter.
             max_bytes: most bytes its tensors may have, where the caller has room for no more.
 
         Raises:
             AdapterFormatError: naming file, module and remedy.
             BaseMismatchError: its tensors have more than `max_bytes`; they are not read.
         """
-        checkpoint = is_checkpoint(Path(path))
+        for _ in range(_READINGS):
+            before = _stamp(path)
+            try:
+                adapter = cls._read(Path(path), max_bytes)
+            except SdctError:
+                if _stamp(path) == before:
+                    raise
+            else:
+                if _stamp(path) == before:
+                    return adapter
+        raise AdapterFormatError(f"{path} is replaced faster than it can be read; load it when its writers are done")
+
+    @classmethod
+    def _read(cls, path: Path, max_bytes: int | None) -> SdctAdapter:
+        checkpoint = is_checkpoint(path)
         contents = (read_checkpoint if checkpoint else read_folder)(path, max_bytes=max_bytes)
         try:
             return cls(*contents)
         except AdapterFormatError as error:
-            raise AdapterFormatError(f"{Path(path) / (STATE_FILE if checkpoint else WEIGHTS_FILE)}: {error}") from None
+            raise AdapterFormatError(f"{path / (STATE_FILE if checkpoint else WEIGHTS_FILE)}: {error}") from None
 
     @classmethod
     def from_pretrained(
@@ -190,3 +208,12 @@ class SdctAdapter:
         check_fit(module, entries, shape)
         values = torch.from_numpy(entries.float32(self.config.scaling).astype(np.float64))
         return delta_weight(values, torch.from_numpy(entries.indices.astype(np.int64)), shape).float()
+
+
+def _stamp(path: str | Path) -> tuple[int, ...] | None:
+    """What another folder at `path` would not have, None where there is none."""
+    try:
+        status = os.stat(path)  # noqa: PTH116, since a path may be no path at all
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino, status.st_ctime_ns

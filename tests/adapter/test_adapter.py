@@ -21,6 +21,7 @@ from references import relative_error
 from safetensors.numpy import save
 
 from sdct_export import files
+from sdct_export.adapter import folder
 from sdct_export.adapter.adapter import SdctAdapter
 from sdct_export.adapter.config import SdctConfig
 from sdct_export.adapter.entries import SdctEntries, check_fit
@@ -380,6 +381,38 @@ def test_a_failure_while_overwriting_leaves_the_old_adapter(
         variant(2.0).save(tmp_path / "a", overwrite=True)
     assert value_of(tmp_path / "a") == 1.0
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("times", [1, 2, 99])
+def test_what_is_replaced_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """Between its two files another adapter takes its place: scaling of one with values of the other is neither."""
+
+    def save(i: int) -> None:
+        adapter = variant(float(i))
+        adapter = dataclasses.replace(adapter, config=dataclasses.replace(adapter.config, scaling=float(i)))
+        adapter.save(tmp_path / "a", overwrite=True)
+
+    save(1)
+    read, count = folder.read_safetensors, 0
+
+    def replaced(*arguments: object, **settings: object) -> object:
+        nonlocal count
+        if count < times:
+            count += 1
+            time.sleep(0.02)  # a clock of file systems is that coarse
+            save(count + 1)
+        return read(*arguments, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(folder, "read_safetensors", replaced)
+    if times == 99:
+        with pytest.raises(AdapterFormatError, match="replaced faster than it can be read"):
+            SdctAdapter.load(tmp_path / "a")
+        return
+    loaded = SdctAdapter.load(tmp_path / "a")
+    assert loaded.config.scaling == times + 1
+    assert loaded.modules["q"].values.tolist() == [times + 1]
 
 
 def test_a_killed_overwriting_leaves_the_old_or_the_new_adapter(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib import metadata
 
 from . import __version__
-from .errors import SdctError
+from .errors import SdctError, UnsupportedError
 from .native import (
     find_plugin,
     has_cuda,
@@ -35,22 +35,28 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Every part the package can use, the ones it always needs first. Never raises."""
-    needed = "pip install --force-reinstall sdct_export"
+    torch, engines = "optional, to train, merge and export: ", "optional, to build and run engines: "
     findings = [
         Finding("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         Finding("sdct_export", "ok", __version__),
-        _package("numpy", needed),
-        _package("safetensors", needed),
-        _package("torch", f"{needed} (to train, merge and export)"),
-        _package("transformers", f"{needed} (to train, merge and export)"),
-        _package("onnx", f"{needed} (to export and to prepare engines)"),
-        _guarded("onnxruntime", _onnxruntime, "pip install onnxruntime-gpu (or onnxruntime without a GPU)"),
+        *(
+            _package(name, f"needed: pip install {name}")
+            for name in ("numpy", "safetensors", "ml_dtypes", "tokenizers")
+        ),
+        _guarded(
+            "onnxruntime",
+            _onnxruntime,
+            "to run bundles: pip install 'sdct_export[cpu]', or 'sdct_export[gpu]' for an NVIDIA GPU",
+        ),
+        *(
+            _package(name, f"{torch}pip install 'sdct_export[torch]'")
+            for name in ("torch", "transformers", "onnx", "onnxscript")
+        ),
         _guarded(
             "operator library", _operator, f"optional, makes adapters faster on ONNX Runtime: {why_no_operator()}"
         ),
         _guarded("CUDA driver", _driver, "optional, for a GPU: install NVIDIA's driver, then check with nvidia-smi"),
-        _package("cuda-bindings", "optional, for TensorRT: pip install 'sdct_export[tensorrt]'"),
-        _package("tensorrt", "optional, to build and run engines: pip install 'sdct_export[tensorrt]'"),
+        *(_package(name, f"{engines}pip install 'sdct_export[tensorrt]'") for name in ("cuda-bindings", "tensorrt")),
         _guarded(
             "plugin library",
             _plugin,
@@ -81,10 +87,17 @@ def _guarded(part: str, look: Callable[[], str | None], advice: str) -> Finding:
 def _onnxruntime() -> str | None:
     try:
         import onnxruntime
-    except ModuleNotFoundError:
-        return None
+    except ModuleNotFoundError as error:
+        if error.name == "onnxruntime":
+            return None
+        raise
+    if {"onnxruntime", "onnxruntime-gpu"} <= {str(d.name).lower() for d in metadata.distributions()}:
+        raise UnsupportedError(
+            "onnxruntime and onnxruntime-gpu are both installed, and each overwrites files of the other; "
+            "pip uninstall -y onnxruntime onnxruntime-gpu, then install one of them"
+        )
     providers = ", ".join(p.removesuffix("ExecutionProvider") for p in onnxruntime.get_available_providers())
-    return f"{onnxruntime.__version__} with {providers}"
+    return f"{onnxruntime.__version__}, built with {providers}"
 
 
 def _operator() -> str | None:
@@ -92,8 +105,10 @@ def _operator() -> str | None:
     path = operator_library()
     if path is None:
         return None
-    import onnxruntime
-
+    try:
+        import onnxruntime
+    except ImportError:
+        return f"waits for onnxruntime: {path}"
     register_operator(onnxruntime.SessionOptions())
     places = f"CPU ({instruction_set(path)})" + (" and CUDA" if has_cuda(path) else "")
     return f"in use on {places}: {path}"

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+# what the base installation lacks, by the extra that brings it
+_EXTRAS = {
+    "sdct_export[torch]": ("torch", "transformers", "onnx", "onnx_ir", "onnxscript"),
+    "sdct_export[cpu]": ("onnxruntime",),
+}
+
 
 class SdctError(Exception):
     """Base of all errors raised on purpose by this package; the command line prints its message and exits 1."""
@@ -36,3 +42,15 @@ class OutputError(SdctError):
 
 class VerificationError(SdctError):
     """Two backends, or a file and its recorded hash, disagree."""
+
+
+def missing_package(error: BaseException) -> str | None:
+    """What to install where `error` says that an optional package is not there, None where it says anything else."""
+    if not isinstance(error, ModuleNotFoundError) or error.name is None:
+        return None
+    package = error.name.partition(".")[0]
+    for extra, packages in _EXTRAS.items():
+        if package in packages:
+            gpu = ", or sdct_export[gpu] for an NVIDIA GPU" if package == "onnxruntime" else ""
+            return f"this needs {package}, which is not installed: pip install '{extra}'{gpu}"
+    return None

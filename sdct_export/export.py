@@ -15,6 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from . import native
 from .adapter.adapter import SdctAdapter
 from .adapter.folder import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE, write_training
 from .base.model import check_base, find_linear, linear_shape, load_base, model_digests, model_hash, to_numpy
@@ -139,9 +140,11 @@ def export_multi(
     Raises:
         ConfigError: no adapter, a name that is not allowed, or adapters of different tasks.
         AdapterFormatError, BaseMismatchError: an adapter is damaged, or does not fit the base.
-        UnsupportedError: the model or a saved module cannot be exported; names the module and the reason.
+        UnsupportedError: the model or a saved module cannot be exported; names the module and the reason. Or ONNX
+            Runtime is not installed.
         OutputError: `output` exists, or cannot be written.
     """
+    native.onnxruntime()  # writes the `.onnx_adapter` files in the end
     sources = _named(model, adapters)
     if not sources:
         raise ConfigError("a multi-adapter export needs at least one adapter, to know which modules to prepare")

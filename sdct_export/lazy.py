@@ -13,6 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from .errors import missing_package
+
 
 def hand_on(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """`__getattr__`, `__dir__` and `__all__` for the package whose `__init__.py` is `file` (PEP 562)."""
@@ -22,7 +24,13 @@ def hand_on(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[],
     def getattr_(name: str) -> Any:
         if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(f".{home[name]}", package), name)
+        try:
+            return getattr(import_module(f".{home[name]}", package), name)
+        except ModuleNotFoundError as error:
+            missing = missing_package(error)
+            if missing is None:
+                raise
+            raise ModuleNotFoundError(f"{package}.{name}: {missing}", name=error.name) from error
 
     def dir_() -> list[str]:
         return sorted({*vars(import_module(package)), *home})

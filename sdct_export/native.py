@@ -8,17 +8,34 @@ installation with a compiler puts it.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+import shlex
 import shutil
 import sys
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from .contract import OP_VERSION
-from .errors import UnsupportedError
+from .errors import UnsupportedError, missing_package
 from .plugin_choice import choose_plugin, parse_version, plugin_libraries
 
 LIBRARY_PATH = "SDCT_LIBRARY_PATH"
+_SHOWN = 200  # characters of a setting that a message repeats
+
+
+def onnxruntime() -> Any:
+    """The package. Raises `UnsupportedError` where it is not installed."""
+    try:
+        return import_module("onnxruntime")
+    except ModuleNotFoundError as error:
+        missing = missing_package(error)
+        if missing is None:
+            raise
+        raise UnsupportedError(missing) from error
 
 
 def operator_library() -> Path | None:
@@ -71,14 +88,17 @@ def instruction_set(path: Path) -> str:
 
 def why_no_operator(device: str = "cpu") -> str:
     """Why bundles run through the portable body on this machine, and what to do about it: one sentence."""
-    again = "pip install --force-reinstall --no-deps sdct_export"
+    again = reinstall()
     folders = os.environ.get(LIBRARY_PATH)
     path = find_library("sdct_onnxruntime")
     if path is not None:
         fault = "was built without GPU kernels" if device.startswith("cuda") else "cannot be used"
         return f"{path} {fault}; install it again{' where nvcc is' if device.startswith('cuda') else ''}: {again}"
     if folders is not None:
-        return f"{LIBRARY_PATH}={folders!r} leads to no operator library; unset it, or name the folder of one"
+        shown = repr(folders if len(folders) <= _SHOWN else f"{folders[:_SHOWN]}...")
+        if any(os.path.isfile(place) for place in library_folders()):  # noqa: PTH113, as below
+            return f"{LIBRARY_PATH}={shown} names a file; name the folder that the library is in"
+        return f"{LIBRARY_PATH}={shown} leads to no operator library; unset it, or name the folder of one"
     if any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++", "cl")):
         return f"the package was installed where no C++ compiler was found; there is one now, so run: {again}"
     return (
@@ -86,11 +106,27 @@ def why_no_operator(device: str = "cpu") -> str:
     )
 
 
+def reinstall() -> str:
+    """The command that installs this package again: from where it came (PEP 610), by its name where that is gone."""
+    source = "sdct_export"
+    try:
+        origin = json.loads(metadata.distribution("sdct_export").read_text("direct_url.json") or "{}")
+        url = str(origin.get("url", ""))
+        place = url2pathname(urlsplit(url).path)
+        if "vcs_info" in origin:
+            source = shlex.quote(f"{origin['vcs_info']['vcs']}+{url}@{origin['vcs_info']['commit_id']}")
+        elif url.startswith("file:") and os.path.exists(place):  # noqa: PTH110, as below
+            source = ("-e " if origin.get("dir_info", {}).get("editable") else "") + shlex.quote(place)
+    except (metadata.PackageNotFoundError, AttributeError, KeyError, TypeError, ValueError):
+        pass  # not installed at all, or by something else than pip
+    return f"pip install --force-reinstall --no-deps {source}"
+
+
 def find_library(stem: str) -> Path | None:
     """The first library called `stem` on the search path, None where there is none."""
     name = {"win32": f"{stem}.dll", "darwin": f"lib{stem}.dylib"}.get(sys.platform, f"lib{stem}.so")
     for place in library_folders():
-        if (place / name).is_file():
+        if os.path.isfile(place / name):  # noqa: PTH113, since Path.is_file raises for a name that is too long
             return (place / name).resolve()
     return None
 
@@ -119,7 +155,7 @@ def check_version(path: Path) -> None:
     Raises:
         UnsupportedError: it cannot be loaded, or implements another version of the node.
     """
-    again = "build it again for this version and machine (pip install --force-reinstall sdct_export)"
+    again = f"build it again for this version and machine: {reinstall()}"
     try:
         library = ctypes.CDLL(str(path))
         version, _, _ = library.sdct_version, library.sdct_cuda, library.sdct_cpu_isa

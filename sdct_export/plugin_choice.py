@@ -13,6 +13,7 @@ The first folder on the search path that holds any library decides, as for every
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ _NAME = re.compile(r"(?:lib)?sdct_tensorrt(?:_(\d+)_(\d+))?\.(?:so|dll|dylib)")
 def plugin_libraries(folders: Iterable[Path]) -> list[Path]:
     """The plugin libraries in the first of `folders` that holds any, by name; empty where none does."""
     for folder in folders:
+        if not os.path.isdir(folder):  # noqa: PTH112, since Path.glob raises for a name that is too long
+            continue
         found = [
             path for path in sorted(folder.glob("*sdct_tensorrt*")) if _NAME.fullmatch(path.name) and path.is_file()
         ]

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel
 
 from sdct_export import SdctConfig, export_multi, get_sdct_model
@@ -38,6 +39,14 @@ def main(output: str) -> None:
             adapters[name] = Path(folder, name)
             model.save_adapter(adapters[name])
         export_multi(base(), adapters, output)
+    write_tokenizer(Path(output))
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Of a word a number, so that the bundle reads text."""
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "one": 1, "two": 2, "three": 3}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import native
 from ..adapter.adapter import SdctAdapter
 from ..errors import OutputError
 from ..files import new_file
@@ -22,10 +23,9 @@ def write_onnx_adapter(bundle: Bundle, adapter: SdctAdapter, path: str | Path, *
 
     Raises:
         BaseMismatchError: the adapter does not fit the bundle.
-        OutputError: the file exists already or cannot be written.
+        OutputError: the file exists already or cannot be written. UnsupportedError: ONNX Runtime is not installed.
     """
-    import onnxruntime
-
+    onnxruntime = native.onnxruntime()
     rows = pack(bundle, adapter, label=label)
     bank = {name: np.zeros((2, *shape), dtype) for name, (dtype, shape) in bank_layout(bundle).items()}
     for name, row in rows.items():

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from .. import signals
-from ..errors import SdctError
+from ..errors import SdctError, missing_package
 
 # what libraries say in errors of their own where the memory does not suffice
 _NO_MEMORY = ("allocate memory", "out of memory", "failed to allocate", "map segment", "bad_alloc", "start new thread")
@@ -58,6 +58,8 @@ def _line(error: BaseException) -> str | None:
         return None
     if isinstance(error, SdctError | OSError):
         return str(error)
+    if (missing := missing_package(error)) is not None:
+        return missing
     whole = str(error).strip() or type(error).__name__
     text = whole.splitlines()[0]
     if isinstance(error, MemoryError) or any(words in whole.lower() for words in _NO_MEMORY):

@@ -284,8 +284,8 @@ def prepare_graph(bundle: Bundle, *, old: bool = False) -> Path:
         if target.is_file():
             return target
         raise UnsupportedError(
-            f"preparing {bundle.model_path} for TensorRT needs the package onnx, or {target.name} in the bundle; "
-            "pip install onnx, or call sdct_export.engine.prepare_graph where onnx is installed"
+            f"preparing {bundle.model_path} for TensorRT needs the package onnx, or {target.name} in the bundle; pip "
+            "install 'sdct_export[tensorrt]', or call sdct_export.engine.prepare_graph where onnx is installed"
         ) from None
     try:
         model = onnx.load(bundle.model_path, load_external_data=False)

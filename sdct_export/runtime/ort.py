@@ -47,15 +47,14 @@ class OrtBackend:
 
     Raises:
         ConfigError: `device` or `threads` has no such value.
-        UnsupportedError: the device is not available here; there is no silent fallback to the CPU.
+        UnsupportedError: ONNX Runtime is not installed, or the device not available; the CPU never steps in silently.
         AdapterFormatError: the file is missing or ONNX Runtime cannot load it.
     """
 
     def __init__(
         self, model: Path, device: str = "cpu", threads: int | None = None, groups: Sequence[Group] = ()
     ) -> None:
-        import onnxruntime
-
+        onnxruntime = native.onnxruntime()
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise ConfigError(f"threads must be a positive integer or None, got {threads!r}")
         self._ort = onnxruntime

@@ -97,6 +97,31 @@ def test_a_folder_whose_name_is_not_allowed_asks_for_one(tmp_path: Path) -> None
     assert f"choose a name with --adapter NAME={tmp_path / 'v1.0'}" in message
 
 
+@pytest.mark.parametrize(
+    ("package", "args"),
+    [
+        ("torch", ("project", "--model", "BUNDLE", "--lora", "x", "--output", "OUT")),
+        ("onnx_ir", ("--model", "BUNDLE", "--adapter", "BUNDLE/adapters/a", "--output", "OUT")),
+        ("transformers", ("--model", "BUNDLE", "--adapter", "BUNDLE/adapters/a", "--output", "OUT", "--merge")),
+        ("onnxruntime", ("--model", "BUNDLE", "--adapter", "BUNDLE/adapters/a", "--output", "OUT")),
+        ("onnxruntime", ("run", "BUNDLE", "--input", "input_ids=x.npy")),
+    ],
+)
+def test_a_package_that_is_not_installed(package: str, args: tuple[str, ...], bundle: Path, tmp_path: Path) -> None:
+    """In a process of its own, which cannot import it; `plugins/tests/check_wheel.sh` tries real installations."""
+    code = f"import sys\nsys.modules[{package!r}] = None\nfrom sdct_export.__main__ import main\nmain()"
+    filled = [a.replace("BUNDLE", str(bundle)).replace("OUT", str(tmp_path / "out")) for a in args]
+    done = subprocess.run([sys.executable, "-c", code, *filled], capture_output=True, text=True, timeout=120)
+    extra = (
+        "'sdct_export[cpu]', or sdct_export[gpu] for an NVIDIA GPU"
+        if package == "onnxruntime"
+        else "'sdct_export[torch]'"
+    )
+    line = f"error: this needs {package}, which is not installed: pip install {extra}\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", line)
+    assert not (tmp_path / "out").exists()
+
+
 # inspect
 
 

@@ -54,3 +54,8 @@ def missing_package(error: BaseException) -> str | None:
             gpu = ", or sdct_export[gpu] for an NVIDIA GPU" if package == "onnxruntime" else ""
             return f"this needs {package}, which is not installed: pip install '{extra}'{gpu}"
     return None
+
+
+def an(noun: str) -> str:
+    """`noun`, such as the name of a class, behind its article."""
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"

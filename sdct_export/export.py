@@ -19,7 +19,7 @@ from . import native
 from .adapter.adapter import SdctAdapter
 from .adapter.folder import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE, write_training
 from .base.model import check_base, find_linear, linear_shape, load_base, model_digests, model_hash, to_numpy
-from .base.reference import run_rows, sample_inputs
+from .base.reference import most_tokens, run_rows, sample_inputs
 from .base.training import check_record, class_name, class_of, fresh_parameters, model_config, set_padding
 from .bundle.description import (
     ADAPTERS_FOLDER,
@@ -36,8 +36,8 @@ from .bundle.description import (
 from .bundle.onnx_adapter import SUFFIX, write_onnx_adapter
 from .bundle.probe import Case, Probe, Row, sample_indices
 from .contract import Group, Head
-from .errors import AdapterFormatError, BaseMismatchError, ConfigError, UnsupportedError
-from .files import check_adapter_name, copy_inside, new_folder
+from .errors import AdapterFormatError, BaseMismatchError, ConfigError, UnsupportedError, an
+from .files import check_adapter_name, copy_inside, folder_name, new_folder
 from .graph.insert import InsertAdapters
 from .graph.trace import trace
 from .tuning.inject import task_type as task_type_of
@@ -188,7 +188,7 @@ def _named(
         if live is not None and isinstance(item, str) and item in live.configs:
             name, item = item, live.adapter(item)
         else:
-            name = "adapter" if isinstance(item, SdctAdapter) else Path(item).resolve().name
+            name = "adapter" if isinstance(item, SdctAdapter) else folder_name(item)
         if name in named:
             raise ConfigError(f"two adapters are called {name!r}; pass a mapping of names to adapters")
         named[name] = item
@@ -290,8 +290,8 @@ def _heads(model: nn.Module, named: Mapping[str, SdctAdapter]) -> dict[str, tupl
             continue
         if not isinstance(module, nn.Linear):
             raise UnsupportedError(
-                f"an adapter saves {own[0]!r}, a parameter of a {type(module).__name__}; only linear layers of saved "
-                "modules can differ from row to row: merge this adapter instead (--merge)"
+                f"an adapter saves {own[0]!r}, a parameter of {an(type(module).__name__)}; only linear layers of "
+                "saved modules can differ from row to row: merge this adapter instead (--merge)"
             )
         heads[path] = (module.out_features, module.in_features)
         for name, adapter in named.items():
@@ -406,6 +406,7 @@ def _write(
         model_class=class_name(base.model),
         model_config=model_config(base.model),
         training_sha256=training_sha256(folder),
+        max_tokens=most_tokens(base.model),
     ).write(folder)
 
 

@@ -52,6 +52,11 @@ def check_adapter_name(name: object) -> str:
     return name
 
 
+def folder_name(path: str | Path) -> str:
+    """What a person calls a folder: the last part of its path, of a link its own name and not that of its target."""
+    return os.path.basename(os.path.abspath(path))  # noqa: PTH100, PTH119, since Path.resolve follows links
+
+
 @contextlib.contextmanager
 def new_folder(path: str | Path, *, may_replace: Callable[[Path], None] | None = None) -> Iterator[Path]:
     """Yield a temporary folder beside `path` and move it to `path` when the block ends without an error.

@@ -60,6 +60,10 @@ class Checkpoint:
 
     def __init__(self, path: str | Path) -> None:
         self.folder = Path(path)
+        if not self.folder.is_dir():
+            raise BaseMismatchError(
+                f"there is no folder {self.folder}; give the folder of a downloaded Hugging Face model"
+            )
         if not (self.folder / CONFIG_FILE).is_file():
             raise BaseMismatchError(
                 f"{self.folder} is not a model checkpoint: it has no {CONFIG_FILE}; give the folder of a downloaded "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 
 from ..adapter.adapter import SdctAdapter
 from ..adapter.entries import DTYPE_NAMES, Array, check_fit
-from ..errors import BaseMismatchError, ConfigError, SdctError, UnsupportedError
+from ..errors import BaseMismatchError, ConfigError, SdctError, UnsupportedError, an
 from .identity import base_hash, module_digest
 
 CHILD = "sdct"  # name under which a linear layer holds the adapters that `tuning` puts on it
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # `name` or `owner/name`
+_HUB_SECONDS = 10.0
 _AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -57,9 +59,7 @@ def load_base(
         ConfigError: there is no such class.
         UnsupportedError: the model is defined by code in its own folder, which is never run.
     """
-    text = str(path)
-    if not Path(path).is_dir() and (Path(path).exists() or Path(path).is_absolute() or not _HUB_NAME.fullmatch(text)):
-        raise BaseMismatchError(f"cannot load a base model from {path}: there is no such folder; check the path")
+    place = _place(str(path))
     import transformers
 
     logging = transformers.utils.logging
@@ -67,7 +67,7 @@ def load_base(
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # missing and mismatched tensors are dealt with below, not in a table of its own
     try:
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, **place)
         loader = named_class(model_class) if model_class else class_for(config, task_type)
         if num_labels is not None and num_labels != config.num_labels:
             config.num_labels = num_labels
@@ -76,7 +76,7 @@ def load_base(
             "output_loading_info": True,
             "ignore_mismatched_sizes": True,
             "trust_remote_code": False,
-        }
+        } | place
         model, info = loader.from_pretrained(path, config=config, **options)
         lacking = set(info["missing_keys"]) - set(saved)
         if lacking and all(key.startswith("pooler.") for key in lacking):  # no checkpoint has it, so nothing reads it
@@ -129,6 +129,34 @@ def vocabulary(config: Any) -> int | None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
     size = getattr(text, "vocab_size", None)
     return size if isinstance(size, int) else None
+
+
+def _place(path: str) -> dict[str, Any]:
+    """How `from_pretrained` finds `path`. What is neither a folder nor on the hub is refused before it tries.
+
+    It would for half a minute. Where the hub does not answer, a model that was loaded before comes from the cache.
+    """
+    if os.path.isdir(path):  # noqa: PTH112, since Path.is_dir raises for a name that is too long
+        return {}
+    if os.path.lexists(path) or not _HUB_NAME.fullmatch(path):
+        raise BaseMismatchError(f"cannot load a base model from {path}: there is no such folder; check the path")
+    import huggingface_hub
+
+    missing = f"cannot load a base model from {path}: there is no such folder, and "
+    try:
+        huggingface_hub.HfApi().model_info(path, timeout=_HUB_SECONDS)
+    except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.HFValidationError) as error:
+        raise BaseMismatchError(f"{missing}the hub has no model of this name; check the path") from error
+    except Exception as error:  # of the HTTP library, or the hub's own
+        try:
+            cached = huggingface_hub.try_to_load_from_cache(path, "config.json")
+        except ValueError:
+            cached = None
+        if isinstance(cached, str):
+            return {"local_files_only": True}
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BaseMismatchError(f"{missing}the hub cannot be reached ({reason}); check the path") from error
+    return {}
 
 
 def named_class(name: str) -> Any:
@@ -210,7 +238,7 @@ def find_linear(model: nn.Module, path: str) -> nn.Module:
         ) from None
     if linear_shape(module) is None:
         raise UnsupportedError(
-            f"module {path!r} is a {type(module).__name__}; only Linear and Conv1D layers can be adapted"
+            f"module {path!r} is {an(type(module).__name__)}; only Linear and Conv1D layers can be adapted"
         )
     return module
 

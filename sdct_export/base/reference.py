@@ -8,6 +8,7 @@ modules are hooked, so the model's weights are neither touched nor copied, and n
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -19,6 +20,7 @@ from ..errors import UnsupportedError
 from ..spectral.transform import sparse_apply
 from .model import find_linear, linear_shape, to_torch
 
+_POSITIONS = re.compile(r"position_embeddings?|embed_positions|wpe")
 Rows = Sequence[Sequence[tuple[str, float]]]
 
 
@@ -55,6 +57,19 @@ def sample_inputs(model: nn.Module, *, batch: int, sequence: int, seed: int = 0)
         f"{type(model).__name__} reads {main!r}; only transformers models that read input_ids or pixel_values can be "
         "exported"
     )
+
+
+def most_tokens(model: nn.Module) -> int | None:
+    """Tokens that a row may have where the model looks positions up in a table, None where nothing limits them."""
+    if getattr(model, "main_input_name", None) != "input_ids":
+        return None
+    limits = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and _POSITIONS.fullmatch(path.rpartition(".")[2]):
+            # the first row that is used: OPT and BART shift the table, RoBERTa counts from behind its padding index
+            first = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
+            limits.append(module.num_embeddings - int(first))
+    return min(limits, default=None)
 
 
 def run_model(

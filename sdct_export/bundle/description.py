@@ -62,7 +62,8 @@ class Bundle:
     adapter's own base hash be compared when it is loaded later; `inputs` are the model's own, without the adapter
     inputs; `model_sha256` is of `model.onnx` itself, `data_sha256` of the weights in `model.onnx.data`,
     `training_sha256` of what a merged bundle holds of its adapter's training; `model_class` (`MODULE:CLASS`) and
-    `model_config` are those of the base, None in a bundle that an older version wrote.
+    `model_config` are those of the base, None in a bundle that an older version wrote; `max_tokens`
+    is how many tokens a row may have where the base looks their positions up in a table.
     """
 
     kind: str
@@ -83,6 +84,7 @@ class Bundle:
     training_sha256: str | None = None
     model_class: str | None = None
     model_config: Mapping[str, Any] | None = None
+    max_tokens: int | None = None
     path: Path = dataclasses.field(default=Path(), compare=False)
 
     @classmethod
@@ -92,6 +94,8 @@ class Bundle:
         Raises `AdapterFormatError` naming the file, the field and what to do.
         """
         folder = Path(path)
+        if not os.path.isdir(folder):  # noqa: PTH112, since Path.is_dir raises for a name that is too long
+            raise AdapterFormatError(f"there is no folder {folder}; give the folder of an exported bundle")
         file = folder / BUNDLE_FILE
         if not os.path.lexists(file):
             raise AdapterFormatError(f"{folder} is no bundle: {BUNDLE_FILE} is missing; export one with sdct-export")
@@ -200,6 +204,8 @@ def _parse(raw: dict[str, Any]) -> dict[str, Any]:
             _text(raw[name], name)
     if not isinstance(raw.get("model_config"), dict | None):
         raise ValueError("model_config must be an object or null")
+    if raw.get("max_tokens") is not None:
+        _size(raw["max_tokens"], "max_tokens")
     if raw["kind"] not in ("multi", "merged"):
         raise ValueError(f"kind must be multi or merged, got {raw['kind']!r}")
     for name in ("dtype", "base_hash_dtype"):

@@ -10,7 +10,7 @@ from .. import __version__
 from .build import build
 from .doctor import doctor
 from .inspect import inspect
-from .output import Main, busy, importable_here, print_json, printable
+from .output import BasePath, Main, busy, importable_here, print_json, printable
 from .project import project
 from .run import run
 from .verify import verify
@@ -31,7 +31,7 @@ Examples:
     epilog=_EPILOG,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-@click.option("--model", metavar="BASE", type=click.Path(path_type=Path), help="Checkpoint folder of the base model.")
+@click.option("--model", metavar="BASE", type=BasePath(path_type=Path), help="Checkpoint folder of the base model.")
 @click.option(
     "--adapter",
     "adapters",
@@ -136,13 +136,13 @@ def main(
 def _named(adapters: tuple[str, ...]) -> dict[str, Path]:
     """`[NAME=]PATH` items as name -> path."""
     from ..errors import ConfigError
-    from ..files import check_adapter_name
+    from ..files import check_adapter_name, folder_name
 
     named: dict[str, Path] = {}
     for item in adapters:
         name, equals, path = item.partition("=")
         if not equals or Path(item).is_dir():
-            name, path = Path(item).resolve().name, item
+            name, path = folder_name(item), item
             try:
                 check_adapter_name(name)
             except ConfigError as error:

@@ -51,8 +51,9 @@ def _show_adapter(path: Path, plot: Path | None, as_json: bool) -> None:
     modules = summarize(adapter)
     if plot:
         from ..adapter.plot import plot_spectrum
+        from ..files import folder_name
 
-        plot_spectrum(adapter, plot, title=path.resolve().name)
+        plot_spectrum(adapter, plot, title=folder_name(path))
     if as_json:
         print_json(
             {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import click
 
 from .. import signals
-from ..errors import SdctError, missing_package
+from ..errors import BaseMismatchError, SdctError, missing_package
 
 # what libraries say in errors of their own where the memory does not suffice
 _NO_MEMORY = ("allocate memory", "out of memory", "failed to allocate", "map segment", "bad_alloc", "start new thread")
@@ -50,6 +51,16 @@ class Main(click.Group):
                 f"warning: {printable(str(message))}", err=True
             )
             return super().invoke(ctx)
+
+
+class BasePath(click.Path):
+    """A base model: a folder, or a name on the hub, which nothing with a slash at its end is."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path, which forgets the slash."""
+        if str(value).endswith(("/", os.sep)) and not os.path.isdir(value):  # noqa: PTH112, raises nothing
+            raise BaseMismatchError(f"cannot load a base model from {value}: there is no such folder; check the path")
+        return super().convert(value, param, ctx)
 
 
 def _line(error: BaseException) -> str | None:

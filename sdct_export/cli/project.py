@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .output import print_json, print_table, printable
+from .output import BasePath, print_json, print_table, printable
 
 
 @click.command(
@@ -15,9 +15,7 @@ Examples:
   sdct-export project --model bert/ --lora lora/ --output adapter/
   sdct-export project --model bert/ --tuned tuned/ --save classifier --total 20000 --output adapter/"""
 )
-@click.option(
-    "--model", metavar="BASE", required=True, type=click.Path(path_type=Path), help="Base checkpoint folder."
-)
+@click.option("--model", metavar="BASE", required=True, type=BasePath(path_type=Path), help="Base checkpoint folder.")
 @click.option("--lora", type=click.Path(path_type=Path), help="PEFT adapter folder: LoRA, or any kind that merges.")
 @click.option("--tuned", type=click.Path(path_type=Path), help="Tuned checkpoint of the same architecture.")
 @click.option("--output", metavar="ADAPTER", required=True, type=click.Path(path_type=Path), help="Folder to make.")

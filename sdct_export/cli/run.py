@@ -8,6 +8,8 @@ import click
 
 from .output import print_json, print_table, printable
 
+_NO_HEAD = ("the base has no head of its own", "-")  # in place of a label and its probability
+
 
 @click.command(
     epilog="""\b
@@ -50,13 +52,18 @@ def run(
         raise click.UsageError("give one --text-pair for each --text")
     rows = [_parse_adapters(item) for item in adapters]
     files = dict(_parse_input(item) for item in inputs)
+    from ..bundle.description import Bundle
+    from ..errors import ConfigError
     from ..files import refuse_existing
     from ..runtime import MultiAdapterModel
     from ..runtime.request import encode_text, read_arrays, top_labels, write_arrays
 
     if output:
         refuse_existing(output)
-    model = MultiAdapterModel(bundle, device=device, max_batch=None)  # this process ends after one batch
+    described = Bundle.load(bundle)
+    if adapters and described.kind == "merged":
+        raise ConfigError(f"{bundle} is merged: its adapter is part of the weights, so leave --adapter out")
+    model = MultiAdapterModel(described, device=device, max_batch=None)  # this process ends after one batch
     feeds = encode_text(model.bundle, texts, pairs or None) if texts else read_arrays(files)
     result = model.run(feeds, rows[0] if len(rows) == 1 else rows or None)
     if output:
@@ -66,14 +73,15 @@ def run(
     labels = top_labels(model.bundle, result, [list(row or {}) for row in chosen])
     names = ["merged" if model.bundle.kind == "merged" else _format_adapters(row) for row in chosen]
     if as_json:
-        described: list[dict[str, object]] = [{"adapter": name} for name in names]
-        for row, label in zip(described, labels or [], strict=labels is not None):
-            row |= {"label": label.index, "name": label.name, "probability": label.probability}
-        print_json({"rows": described, "outputs": {name: array.tolist() for name, array in result.items()}})
+        told: list[dict[str, object]] = [{"adapter": name} for name in names]
+        for row, label in zip(told, labels or [], strict=labels is not None):
+            row |= {"label": label and label.index, "name": label and label.name}
+            row["probability"] = label and label.probability
+        print_json({"rows": told, "outputs": {name: array.tolist() for name, array in result.items()}})
         return
     if labels is not None:
         rows_ = [
-            (i, name, label.index if label.name is None else label.name, f"{label.probability:.4f}")
+            (i, name, *(_NO_HEAD if label is None else (label.name or label.index, f"{label.probability:.4f}")))
             for i, (name, label) in enumerate(zip(names, labels, strict=True))
         ]
         print_table(["row", "adapter", "label", "probability"], rows_, right=(3,))

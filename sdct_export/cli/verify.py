@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .output import busy, importable_here, print_json, print_table
+from .output import BasePath, busy, importable_here, print_json, print_table
 
 
 @click.command(
@@ -16,7 +16,7 @@ Examples:
   sdct-export verify bundle/ --model bert/ --json"""
 )
 @click.argument("bundle", metavar="BUNDLE", type=click.Path(path_type=Path))
-@click.option("--model", metavar="BASE", type=click.Path(path_type=Path), help="Compare with torch on this base, too.")
+@click.option("--model", metavar="BASE", type=BasePath(path_type=Path), help="Compare with torch on this base, too.")
 @click.option("--model-class", metavar="MODULE:CLASS", help="Class of the base, where it is one of your own.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON on standard output.")

@@ -187,12 +187,11 @@ def build_engine(
 
 def default_profile(bundle: Bundle) -> Profile:
     """`Profile()`, with the sequence limited to the longest the base model can read."""
-    limit = None
-    with contextlib.suppress(AdapterFormatError, TypeError):  # config.json only refines
-        config = read_json(bundle.path / "config.json", _LARGEST_JSON, AdapterFormatError, "export the bundle again")
-        limit = config.get("max_position_embeddings") or config.get("n_positions")
-        if config.get("model_type") in ("roberta", "xlm-roberta", "camembert") and isinstance(limit, int):
-            limit -= config.get("pad_token_id", 1) + 1  # their positions start behind the padding index
+    limit = bundle.max_tokens
+    if limit is None:  # positions that are computed go on, but not further than it was trained for
+        with contextlib.suppress(AdapterFormatError):  # config.json only refines
+            config = read_json(bundle.path / "config.json", _LARGEST_JSON, AdapterFormatError, "export again")
+            limit = config.get("max_position_embeddings")
     usual = Profile()
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
         return usual

@@ -208,7 +208,7 @@ class MultiAdapterModel:
             SdctError: the backend failed, or the model is closed. UnsupportedError: this is a fork of its process.
         """
         backend, bank = self._open()
-        feeds, batch = _check_inputs(self.bundle.inputs, inputs)
+        feeds, batch = _check_inputs(self.bundle.inputs, inputs, self.bundle.max_tokens)
         if self._max_batch is not None and batch > self._max_batch:
             raise ConfigError(
                 f"the batch has {batch} rows, this model takes at most {self._max_batch}; "
@@ -384,20 +384,23 @@ def _selection(rows: Sequence[Mapping[str, float]], slots: Mapping[str, int]) ->
     return {contract.ADAPTER_IDS: ids, contract.ADAPTER_SCALES: scales}
 
 
-def _check_inputs(specs: Sequence[TensorSpec], inputs: Mapping[str, Array]) -> tuple[dict[str, Array], int]:
+def _check_inputs(
+    specs: Sequence[TensorSpec], inputs: Mapping[str, Array], max_tokens: int | None = None
+) -> tuple[dict[str, Array], int]:
     """The inputs as arrays of the dtypes the model wants, and the batch size."""
     names = [spec.name for spec in specs]
+    takes = ", ".join(f"{name} (optional)" if name in contract.OPTIONAL_INPUTS else name for name in names)
     for name in inputs:
         if name not in names:
             hint = "; choose adapters with run(..., adapters=...)" if name.startswith(("adapter_", "sdct.")) else ""
-            raise ConfigError(f"unknown input {name!r}; this model takes {', '.join(names)}{hint}")
+            raise ConfigError(f"unknown input {name!r}; this model takes {takes}{hint}")
     sizes: dict[str, tuple[int, str]] = {}
     feeds: dict[str, Array] = {}
     for spec in specs:
         if spec.name not in inputs and spec.name in contract.OPTIONAL_INPUTS and "input_ids" in inputs:
             inputs = {**inputs, spec.name: np.zeros(np.shape(inputs["input_ids"]), spec.dtype)}
         if spec.name not in inputs:
-            raise ConfigError(f"input {spec.name!r} is missing; this model takes {', '.join(names)}")
+            raise ConfigError(f"input {spec.name!r} is missing; this model takes {takes}")
         array = _cast(spec, inputs[spec.name])
         shape = f"[{', '.join(map(str, spec.shape))}]"
         if array.ndim != len(spec.shape) or 0 in array.shape:
@@ -417,6 +420,10 @@ def _check_inputs(specs: Sequence[TensorSpec], inputs: Mapping[str, Array]) -> t
         if array.dtype.kind == "i" and (smallest := int(array.min())) < 0:  # ONNX counts from the end of a table
             raise ConfigError(f"input {spec.name!r} holds {smallest}; token ids and masks must not be negative")
         feeds[spec.name] = array
+    if max_tokens is not None and "input_ids" in feeds and (tokens := feeds["input_ids"].shape[1]) > max_tokens:
+        raise ConfigError(
+            f"the rows have {tokens} tokens, this model takes at most {max_tokens}; cut or split the texts"
+        )
     batch = sizes.get(contract.BATCH)
     return feeds, batch[0] if batch else feeds[names[0]].shape[0]
 

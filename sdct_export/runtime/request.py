@@ -6,6 +6,7 @@ import dataclasses
 import io
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -36,7 +37,9 @@ class Label:
 
 
 def encode_text(bundle: Bundle, texts: Sequence[str], pairs: Sequence[str] | None = None) -> dict[str, Array]:
-    """`texts` as the bundle's inputs, int64 `[len(texts), tokens]`, by its own `tokenizer.json`, padded and truncated.
+    """`texts` as the bundle's inputs, int64 `[len(texts), tokens]`, by its own `tokenizer.json`, padded.
+
+    Texts that are too long for the model are cut, with a warning that says so.
 
     Args:
         bundle: what will run.
@@ -68,6 +71,8 @@ def encode_text(bundle: Bundle, texts: Sequence[str], pairs: Sequence[str] | Non
     if tokenizer.truncation is None:
         if not isinstance(limit, int) or not 0 < limit < _LARGEST_LENGTH:
             limit = _read_json(bundle.path / "config.json").get("max_position_embeddings")
+        if bundle.max_tokens is not None:
+            limit = min(limit, bundle.max_tokens) if isinstance(limit, int) and limit > 0 else bundle.max_tokens
         if isinstance(limit, int) and limit > 0:
             tokenizer.enable_truncation(limit)
     token = settings.get("pad_token")
@@ -79,6 +84,13 @@ def encode_text(bundle: Bundle, texts: Sequence[str], pairs: Sequence[str] | Non
     )
     rows = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
     encoded = tokenizer.encode_batch(rows)
+    cut = [i for i, e in enumerate(encoded) if e.overflowing]
+    if cut:
+        warnings.warn(
+            f"{len(cut)} of {len(texts)} texts, the first of them row {cut[0]}, have more tokens than the model "
+            f"reads: they are cut to {len(encoded[cut[0]].ids)}",
+            stacklevel=2,
+        )
     known = {
         "input_ids": [e.ids for e in encoded],
         "attention_mask": [e.attention_mask for e in encoded],
@@ -100,8 +112,11 @@ def encode_text(bundle: Bundle, texts: Sequence[str], pairs: Sequence[str] | Non
 
 def top_labels(
     bundle: Bundle, outputs: Mapping[str, Array], rows: Sequence[Sequence[str]] | None = None
-) -> list[Label] | None:
+) -> list[Label | None] | None:
     """The most probable label of each row of a classifier, None where the bundle is none.
+
+    A row without any head, whose logits are all 0, has no label: the base of such a bundle has no trained head of its
+    own, and no adapter of the row brings one.
 
     Args:
         bundle: what was run.
@@ -116,8 +131,11 @@ def top_labels(
     probabilities = np.exp(shifted) / np.exp(shifted).sum(axis=1, keepdims=True)
     merged = _trained_names(bundle, bundle.path) if bundle.kind == "merged" else {}
     names = merged or _label_names(bundle, logits.shape[1])
-    found = []
+    found: list[Label | None] = []
     for i, row in enumerate(probabilities):
+        if bundle.heads and not logits[i].any():
+            found.append(None)
+            continue
         index = int(row.argmax())
         heads = [name for name in (rows[i] if rows is not None else ()) if _has_head(bundle, name)]
         own = [_trained_names(bundle, bundle.adapter_path(name), name) for name in heads]

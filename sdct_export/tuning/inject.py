@@ -14,7 +14,7 @@ from torch import nn
 from ..adapter.config import ALL_LINEAR, SdctConfig
 from ..base.model import checkpoint_vocabulary, linear_shape, linear_weight, model_hash, vocabulary
 from ..base.training import unsaved
-from ..errors import ConfigError, UnsupportedError
+from ..errors import ConfigError, UnsupportedError, an
 from ..spectral.selection import select_for_weight
 from .layer import SdctEntry, SdctLayer
 
@@ -72,7 +72,7 @@ def _all_linear(base: nn.Module, config: SdctConfig) -> dict[str, nn.Module]:
 
 def check_linear(path: str, module: nn.Module) -> None:
     """Raise `UnsupportedError` unless `module` is a linear layer with a float weight that its forward reads."""
-    what = f"cannot adapt {path!r}, a {type(module).__name__}"
+    what = f"cannot adapt {path!r}, {an(type(module).__name__)}"
     if linear_shape(module) is None:
         raise UnsupportedError(f"{what}: only Linear and Conv1D layers can be adapted; name those in target_modules")
     weight = module._parameters.get("weight")
@@ -163,7 +163,7 @@ def with_fresh_heads(base: nn.Module, config: SdctConfig, fresh: tuple[str, ...]
 
 
 def _check_head(base: nn.Module, path: str, module: nn.Module) -> None:
-    what = f"modules_to_save cannot hold {path!r}, a {type(module).__name__}"
+    what = f"modules_to_save cannot hold {path!r}, {an(type(module).__name__)}"
     own = {id(parameter): name for name, parameter in module.named_parameters()}
     if not own:
         raise ConfigError(f"{what} without parameters; name the layers to train")

@@ -222,17 +222,18 @@ def merge_checkpoint(
             out of it, see the message.
         OutputError: `output_path` exists, or the disk refused a write; nothing is left there.
     """
+    label = "the adapter"
     if not isinstance(adapter, SdctAdapter):
-        adapter = SdctAdapter.load(adapter)
+        label, adapter = str(adapter), SdctAdapter.load(adapter)
     base = Checkpoint(base_path)
     shapes = {name: array.shape for name, array in adapter.saved.items()}
-    chosen = class_of({"the adapter": adapter}, model_class)
+    chosen = class_of({label: adapter}, model_class)
     structure = structure_for(base, adapter.config.task_type, shapes, chosen)
     original, adapter = adapter, _renamed(adapter, structure)
-    _check_training(adapter, structure)
+    _check_training(adapter, structure, label)
     _refuse_tied(structure.model, adapter)
-    check_base(adapter, structure.model)
-    _check_base_hash(original, base, structure)
+    check_base(adapter, structure.model, label=label)
+    _check_base_hash(original, base, structure, label)
     plan = _plan(base, structure, adapter)
     size = sum(t.nbytes for tensors in plan.values() for t in tensors)
     with new_folder(output_path) as folder, progress_bar("merging", size, progress, in_bytes=True) as advance:
@@ -255,16 +256,16 @@ def _renamed(adapter: SdctAdapter, structure: Structure) -> SdctAdapter:
     return dataclasses.replace(adapter, modules=modules, saved=saved)
 
 
-def _check_training(adapter: SdctAdapter, structure: Structure) -> None:
+def _check_training(adapter: SdctAdapter, structure: Structure, label: str) -> None:
     if adapter.trained_on is None:
         return
-    check_class(adapter.trained_on, class_name(structure.model))
+    check_class(adapter.trained_on, class_name(structure.model), label=label)
     set_padding(structure.model, [adapter.trained_on])
-    check_config(adapter.trained_on, model_config(structure.model))
+    check_config(adapter.trained_on, model_config(structure.model), label=label)
     lost = [name for name in structure.lacking() if name not in adapter.saved and not name.startswith("pooler.")]
     if lost:
         raise BaseMismatchError(
-            f"neither the base nor the adapter holds {lost[0]!r} ({len(lost)} such parameters), without which the "
+            f"neither the base nor {label} holds {lost[0]!r} ({len(lost)} such parameters), without which the "
             "trained model cannot be built; copy the whole checkpoint, or train with these modules in modules_to_save"
         )
 
@@ -282,7 +283,7 @@ def _compare(folder: Path, size: int, trained: TrainingRecord, task_type: str | 
         check_probe(trained, load_base(folder, task_type, model_class=model_class), None, label="the merged model")
 
 
-def _check_base_hash(adapter: SdctAdapter, base: Checkpoint, structure: Structure) -> None:
+def _check_base_hash(adapter: SdctAdapter, base: Checkpoint, structure: Structure, label: str) -> None:
     def parameter(path: str) -> str:
         return structure.resolve(f"{path}.weight")
 
@@ -293,7 +294,7 @@ def _check_base_hash(adapter: SdctAdapter, base: Checkpoint, structure: Structur
         stored = base.read(structure.key(parameter(path)))
         return to_numpy(stored.T if is_conv1d(module(path)) else stored)
 
-    check_hash(adapter, weight, {path: linear_shape(module(path)) or (0, 0) for path in adapter.modules})
+    check_hash(adapter, weight, {path: linear_shape(module(path)) or (0, 0) for path in adapter.modules}, label=label)
 
 
 def _plan(base: Checkpoint, structure: Structure, adapter: SdctAdapter) -> dict[str, list[NewTensor]]:

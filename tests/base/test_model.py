@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES
 from make_adapters import random_adapter
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers import BertConfig, BertForSequenceClassification, BertModel, OPTConfig, OPTModel
 from transformers.pytorch_utils import Conv1D
 
 from sdct_export.adapter.adapter import SdctAdapter
@@ -29,6 +33,7 @@ from sdct_export.base.model import (
     to_numpy,
     to_torch,
 )
+from sdct_export.base.reference import most_tokens
 from sdct_export.errors import BaseMismatchError, ConfigError, UnsupportedError
 
 SHAPES = {"q": (6, 4), "block.v": (3, 6)}
@@ -202,7 +207,54 @@ def test_load_base_refuses_a_damaged_checkpoint(checkpoint: Path, tmp_path: Path
         load_base(tmp_path / "cut")
 
 
-@pytest.mark.parametrize("path", ["no/such/folder", "./mistyped", "/nowhere/bert", __file__])
+@pytest.mark.parametrize(
+    "path", ["no/such/folder", "./mistyped", "/nowhere/bert", "nowhere/", "~/bert", "...", "x" * 5000, __file__]
+)
 def test_a_path_that_is_no_folder_is_not_looked_up_on_a_hub(path: str) -> None:
     with pytest.raises(BaseMismatchError, match="no such folder"):
         load_base(path)
+
+
+def test_a_hub_that_does_not_answer(checkpoint: Path, tmp_path: Path) -> None:
+    """Said at once where nothing is in the cache; what is in it loads. Nothing listens at this address."""
+    code = (
+        "import sys\nfrom sdct_export.base import load_base\nfrom sdct_export.errors import BaseMismatchError\n"
+        "for name in sys.argv[1:]:\n"
+        "    try: print(type(load_base(name)).__name__)\n"
+        "    except BaseMismatchError as error: print(error)\n"
+    )
+    cache = tmp_path / "hub" / "models--me--tiny"
+    shutil.copytree(checkpoint, cache / "snapshots" / "1")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("1")
+    for offline in ("0", "1"):
+        env = os.environ | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": offline}
+        command = [sys.executable, "-c", code, "me/tiny", "me/other", "mistyped"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, check=True)
+        loaded, *missing = done.stdout.splitlines()
+        assert loaded == type(load_base(checkpoint)).__name__
+        assert len(missing) == 2
+        for line, name in zip(missing, command[4:], strict=True):
+            assert f"from {name}: there is no such folder, and the hub cannot be reached (" in line
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta-classifier", "gpt2"])
+def test_the_longest_row_that_a_table_of_positions_takes(name: str) -> None:
+    """One token more and torch refuses."""
+    base = FAMILIES[name].model()
+    longest = most_tokens(base)
+    assert longest is not None
+    ids = torch.full((1, longest + 1), 5)
+    with torch.no_grad():
+        base(input_ids=ids[:, :longest])
+        with pytest.raises((IndexError, RuntimeError)):
+            base(input_ids=ids)
+
+
+def test_positions_that_are_computed_have_no_limit() -> None:
+    for name in ("llama", "qwen2", "vit"):
+        assert most_tokens(FAMILIES[name].model()) is None
+    config = OPTConfig(
+        vocab_size=9, hidden_size=8, ffn_dim=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=7
+    )
+    assert most_tokens(OPTModel(config)) == 7  # its table has two rows more

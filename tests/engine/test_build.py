@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import types
@@ -188,8 +189,7 @@ def test_ranges_that_cannot_work(bad: Any) -> None:
     [
         ({}, 512),
         ({"max_position_embeddings": 64}, 64),
-        ({"n_positions": 200}, 200),
-        ({"model_type": "roberta", "max_position_embeddings": 66, "pad_token_id": 1}, 64),
+        ({"max_position_embeddings": 0}, 512),
         ({"max_position_embeddings": "many"}, 512),
         ({"max_position_embeddings": 100_000}, 512),
     ],
@@ -198,6 +198,7 @@ def test_the_default_sequence_fits_the_base(tiny: Bundle, config: dict[str, Any]
     (tiny.path / "config.json").write_text(json.dumps(config))
     low, usual, high = default_profile(tiny).sequence
     assert (low, usual, high) == (1, min(128, longest), longest)
+    assert default_profile(dataclasses.replace(tiny, max_tokens=40)).sequence == (1, 40, 40)
 
 
 def test_an_unknown_symbolic_dimension_is_refused(tiny: Bundle) -> None:

@@ -16,7 +16,7 @@ import pytest
 from tiny_bundle import LABELS, WEIGHTS, make_adapter, make_inputs, reference, write_bundle
 
 from sdct_export.adapter.adapter import SdctAdapter
-from sdct_export.bundle.description import Bundle, file_sha256
+from sdct_export.bundle.description import Bundle, TensorSpec, file_sha256
 from sdct_export.errors import (
     AdapterFormatError,
     BaseMismatchError,
@@ -27,6 +27,7 @@ from sdct_export.errors import (
     VerificationError,
 )
 from sdct_export.runtime import AdapterInfo, MultiAdapterModel
+from sdct_export.runtime import model as model_module
 from sdct_export.runtime.ort import OrtBackend
 
 SHIPPED = {"legal": make_adapter(1, labels=LABELS), "medical": make_adapter(2, labels=2), "plain": make_adapter(3)}
@@ -266,6 +267,22 @@ def test_adapter_selections_are_checked(
 ) -> None:
     with pytest.raises(error, match=message):
         model.run(make_inputs(1, 2), adapters)  # type: ignore[arg-type]
+
+
+def test_rows_that_are_longer_than_the_table_of_positions(tmp_path: Path) -> None:
+    bundle = dataclasses.replace(Bundle.load(write_bundle(tmp_path / "bundle")), max_tokens=3)
+    model = MultiAdapterModel(bundle)
+    assert len(model.run({"input_ids": IDS, "attention_mask": MASK})["logits"]) == 1
+    longer = np.ones((2, 4), np.int64)
+    with pytest.raises(ConfigError, match="the rows have 4 tokens, this model takes at most 3; cut or split"):
+        model.run({"input_ids": longer, "attention_mask": longer})
+
+
+def test_inputs_that_may_be_left_out_are_told_so(tmp_path: Path) -> None:
+    specs = (*Bundle.load(write_bundle(tmp_path / "bundle")).inputs, TensorSpec("token_type_ids", "int64", ("b", "s")))
+    for inputs in ({}, {"x": IDS}):
+        with pytest.raises(ConfigError, match=r"takes input_ids, attention_mask, token_type_ids \(optional\)"):
+            model_module._check_inputs(specs, inputs)
 
 
 IDS = np.array([[1, 2, 3]])

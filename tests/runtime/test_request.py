@@ -33,12 +33,19 @@ def test_texts_are_padded_and_masked(bundle: Bundle) -> None:
 
 def test_settings_of_the_tokenizer_are_kept(bundle: Bundle) -> None:
     write_tokenizer(bundle.path, padding_side="left", pad_token={"content": "g"}, model_max_length=4)
-    feeds = encode_text(bundle, ["a b c d", "e"])
+    with pytest.warns(UserWarning, match="1 of 2 texts, the first of them row 0, have more tokens.*are cut to 4"):
+        feeds = encode_text(bundle, ["a b c d", "e"])
     assert feeds["input_ids"].tolist() == [[2, 4, 5, 3], [10, 2, 8, 3]]
     assert feeds["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 1, 1, 1]]
     write_tokenizer(bundle.path, model_max_length=10**30)
     (bundle.path / "config.json").write_text('{"max_position_embeddings": 5}')
-    assert encode_text(bundle, ["a b c d e f g"])["input_ids"].shape == (1, 5)
+    with pytest.warns(UserWarning, match="are cut to 5"):
+        assert encode_text(bundle, ["a b c d e f g"])["input_ids"].shape == (1, 5)
+    for tokens, limit in ((3, None), (3, 4), (4, 1000)):  # the bundle knows best
+        write_tokenizer(bundle.path, **({} if limit is None else {"model_max_length": limit}))
+        with pytest.warns(UserWarning, match=f"are cut to {tokens}"):
+            got = encode_text(dataclasses.replace(bundle, max_tokens=tokens), ["a b c d e f g"])
+        assert got["input_ids"].shape == (1, tokens)
 
 
 def test_token_types_where_the_model_wants_them(bundle: Bundle) -> None:
@@ -88,6 +95,17 @@ def test_top_labels_and_their_names(bundle: Bundle) -> None:
         assert [label.name for label in top_labels(bundle, {"logits": logits}, chosen) or []] == expected
     (bundle.path / "config.json").write_text(json.dumps({"id2label": {"0": "ham"}}))
     assert [label.name for label in top_labels(bundle, {"logits": logits}) or []] == [None, None]
+
+
+def test_a_row_without_any_head_has_no_label(bundle: Bundle) -> None:
+    assert bundle.heads
+    logits = np.array([[0, 0, 0, 0], [0, 0, 0, -1], [0, 0, 0, 0]], np.float32)
+    found = top_labels(bundle, {"logits": logits}, [[], ["with-head"], ["plain"]])
+    assert found is not None
+    assert [label and label.index for label in found] == [None, 0, None]
+    own = top_labels(dataclasses.replace(bundle, heads=()), {"logits": logits})  # a head of the base's own
+    assert own is not None
+    assert None not in own
 
 
 def test_outputs_that_are_no_class_have_no_top_label(bundle: Bundle) -> None:

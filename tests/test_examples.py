@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
+import io
 import json
+import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
+
+from sdct_export.cli import main
+from sdct_export.runtime import MultiAdapterModel
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+README = EXAMPLES.parent / "README.md"
 SHORT = sorted(path.name for path in EXAMPLES.glob("[0-9]*.py"))
 
 
@@ -82,29 +91,99 @@ def test_batches_hold_every_row_once_and_pad_behind_the_mask() -> None:
     assert seen != list(range(45))
 
 
-def test_demo_runs_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """64 training texts a task: the numbers mean nothing, but every file, check and line of the table is there."""
-    import demo
-    from docstrings import load_tasks
+@pytest.fixture(scope="module")
+def few_tasks() -> Any:
+    """64 training texts a task: the numbers mean little, but they are those of what was trained."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        from docstrings import load_tasks
 
-    few = [dataclasses.replace(task, train=task.train[:64], test=task.test[:40]) for task in load_tasks()]
-    monkeypatch.setattr(demo, "load_tasks", lambda: few)
-    monkeypatch.setattr(demo, "EPOCHS", dict.fromkeys(demo.EPOCHS, 1))
-    monkeypatch.setattr(demo, "CHECKED", 10)
-    monkeypatch.setattr(demo, "OUT", tmp_path / "out")
-    demo.main()  # exits with an error where a check fails
-    printed = capsys.readouterr().out
+        return [dataclasses.replace(task, train=task.train[:64], test=task.test[:40]) for task in load_tasks()]
+
+
+@pytest.fixture(scope="module")
+def demo_out(few_tasks: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """What the demo writes and prints; it exits with an error where a check fails."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.syspath_prepend(str(EXAMPLES))
+        import demo
+
+        patch.setattr(demo, "load_tasks", lambda: few_tasks)
+        patch.setattr(demo, "EPOCHS", dict.fromkeys(demo.EPOCHS, 1))
+        patch.setattr(demo, "CHECKED", 10)
+        patch.setattr(demo, "OUT", out)
+        demo.main()
+    return out, printed.getvalue()
+
+
+def test_demo_runs_end_to_end(demo_out: tuple[Path, str]) -> None:
+    """Every file, check and line of the table is there."""
+    out, printed = demo_out
     assert "the base row is bit for bit the base" in " ".join(printed.split())
-    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    record = json.loads((out / "results.json").read_text())
     frozen, lora, sdct = record["results"]
     assert (frozen["parameters"], lora["parameters"], sdct["parameters"]) == (0, 73_728, 8_400)
     assert set(sdct["accuracy"]) == {"package", "kind", "returns"}
     assert max(sdct["file_bytes"].values()) < min(lora["file_bytes"].values())
     assert 0 < record["mixed_batch"]["gap_to_merged"] < 1e-4
-    assert (tmp_path / "out" / "demo.png").stat().st_size > 20_000
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+    assert (out / "demo.png").stat().st_size > 20_000
+    assert {path.name for path in out.iterdir()} == {
         "adapters", "bundle", "merged", "lora", "results.json", "demo.png",
     }  # fmt: skip
+
+
+def readme_commands() -> list[list[str]]:
+    """The shell lines of the README, and the option that it adds to those which load the demo's class."""
+    text = README.read_text(encoding="utf-8")
+    found = [shlex.split(line, comments=True)[1:] for line in text.splitlines() if line.startswith("sdct-export ")]
+    (model_class,) = re.findall(r"`--model-class (finetuning:\w+)`", text)
+    for command in found:
+        if "--model" in command and command[0] != "project":  # which reads weights alone
+            command += ["--model-class", model_class]
+    return found
+
+
+def test_the_lines_of_the_readme_give_the_accuracies_of_the_demo(
+    demo_out: tuple[Path, str], few_tasks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other in one folder, where its names stand for what the demo wrote."""
+    import finetuning
+
+    out, _ = demo_out
+    names = {"bert": finetuning.minilm(), "legal": out / "adapters" / "kind", "medical": out / "adapters" / "returns"}
+    for name, folder in (names | {"lora": out / "lora" / "package"}).items():
+        (tmp_path / name).symlink_to(folder.resolve())
+    monkeypatch.chdir(tmp_path)
+    commands = readme_commands()
+    assert [command[0] for command in commands] == ["--model", "project", "inspect", "verify", "run"]
+    for command in commands:
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 0, (command, result.output, result.exception)
+        assert result.stderr == "", (command, result.stderr)
+    assert (tmp_path / "spectrum.png").stat().st_size > 20_000
+    assert "legal" in result.stdout.splitlines()[1].split("\t")
+
+    tasks = {
+        name: next(t for t in few_tasks if t.name == folder.name) for name, folder in names.items() if name != "bert"
+    }
+    trained = json.loads((out / "results.json").read_text())["results"][2]["accuracy"]
+    tokenizer, model = finetuning.load_tokenizer(), MultiAdapterModel("bundle")
+    for name, task in tasks.items():
+        encoded = finetuning.encode(tokenizer, task.test)
+        inputs = {key: tensor.numpy() for key, tensor in finetuning.pad([ids for ids, _ in encoded]).items()}
+        answers = model.run(inputs, name)["logits"].argmax(-1)
+        assert (answers == [label for _, label in encoded]).mean() == trained[task.name]
+
+        # from the shell, of the texts that the demo does not cut
+        rows = [i for i, (ids, _) in enumerate(encoded) if len(ids) < finetuning.MAX_TOKENS]
+        assert len(rows) > len(encoded) / 2
+        texts = [part for i in rows for part in ("--text", task.test[i][0])]
+        result = CliRunner().invoke(main, ["run", "bundle", *texts, "--adapter", name, "--json"])
+        assert [row["label"] for row in json.loads(result.stdout)["rows"]] == answers[rows].tolist()
+        base = model.run(inputs)["logits"].argmax(-1)
+        assert (base != answers).any()
 
 
 @pytest.mark.parametrize(

@@ -112,9 +112,14 @@ def new_file(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
 
 
 def refuse_existing(target: str | Path) -> None:
-    """Raise `OutputError` where something stands at `target`, to fail before long work rather than after it."""
+    """Raise `OutputError` where something stands at `target` or in its way, to fail before long work, not after it."""
     if os.path.lexists(target):
         raise OutputError(f"{target} exists already; choose another output or remove it first")
+    above = next((parent for parent in Path(target).parents if os.path.lexists(parent)), Path())
+    if not os.path.isdir(above):  # noqa: PTH112, since Path.is_dir raises for a name that is too long
+        raise OutputError(f"cannot write {target}: {above} is no folder; choose another output")
+    if not os.access(above, os.W_OK):
+        raise OutputError(f"cannot write {target}: {above} may not be written to; choose another output")
 
 
 @contextlib.contextmanager

@@ -355,3 +355,27 @@ def test_without_locks_outputs_are_written_and_nothing_is_taken_for_abandoned(
         monkeypatch.setattr(files, "fcntl", broken)
         one_file(tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == [".out.0123456789abcdef.tmp", "out"]
+
+
+def test_what_stands_in_the_way_of_an_output_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    for target in ("file/x", "file/x/y", tmp_path / "file" / "x"):
+        for write in (files.refuse_existing, lambda path: files.new_folder(path).__enter__()):
+            with pytest.raises(OutputError, match=r"cannot write .*file.x.*: .*file is no folder"):
+                write(target)
+    files.refuse_existing("new/x")
+    files.refuse_existing("x" * 5000)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(OutputError, match=r"cannot write new/x: \. may not be written to"):
+        files.refuse_existing("new/x")
+
+
+def test_a_folder_is_called_what_the_person_calls_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "v12").mkdir()
+    (tmp_path / "latest").symlink_to("v12")
+    monkeypatch.chdir(tmp_path / "v12")
+    assert files.folder_name(tmp_path / "latest") == "latest"
+    assert files.folder_name("../latest/") == "latest"
+    assert files.folder_name(".") == "v12"
+    assert files.folder_name("..") == tmp_path.name

@@ -460,9 +460,14 @@ def check_fields(raw: dict[str, Any], path: Path) -> dict[str, Any]:
         AdapterFormatError: another kind of adapter, a newer version, a field that is unknown or missing.
     """
     if raw.get("peft_type") != PEFT_TYPE:
+        found = f"{path}: peft_type is {raw.get('peft_type')!r}, expected {PEFT_TYPE!r}"
+        if "peft_type" not in raw:
+            raise AdapterFormatError(f"{found}; give the folder of an sDCT adapter")
+        if "num_virtual_tokens" in raw:  # prompt learning
+            raise AdapterFormatError(f"{found}; it changes no weights, so that no sDCT adapter can be made of it")
         raise AdapterFormatError(
-            f"{path}: peft_type is {raw.get('peft_type')!r}, expected {PEFT_TYPE!r}; "
-            "convert other PEFT adapters with `sdct-export project --lora`"
+            f"{found}; turn this PEFT adapter into one with `sdct-export project --model BASE --lora {path.parent} "
+            "--output ADAPTER`"
         )
     version = raw.get("format_version", 1)
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:

@@ -47,6 +47,8 @@ class Main(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; warnings are lines, too."""
         with warnings.catch_warnings():
+            for category in (DeprecationWarning, FutureWarning):  # from one library to another, not to the person
+                warnings.simplefilter("ignore", category)
             warnings.showwarning = lambda message, *_, **__: click.echo(
                 f"warning: {printable(str(message))}", err=True
             )

@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from tiny_bundle import make_adapter, make_inputs, reference, write_bundle, writ
 
 from sdct_export import SdctAdapter, SdctConfig, get_sdct_model
 from sdct_export.cli import main
-from sdct_export.cli.output import print_json, print_table, printable
+from sdct_export.cli.output import Main, print_json, print_table, printable
+from sdct_export.runtime import MultiAdapterModel
 
 COMMANDS = ("project", "inspect", "verify", "build", "run", "doctor")
 
@@ -120,6 +122,45 @@ def test_a_package_that_is_not_installed(package: str, args: tuple[str, ...], bu
     line = f"error: this needs {package}, which is not installed: pip install {extra}\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", line)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_is_not_there(
+    bundle: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever looks like a path is said to be missing, and never asked of a hub."""
+    import huggingface_hub
+
+    def ask(*_: object, **__: object) -> None:
+        raise AssertionError("asked a hub")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", ask)
+    monkeypatch.chdir(tmp_path)
+    for base in ("nowhere/", "./nowhere", "~/nowhere", "a/b/c"):
+        for args in (
+            ("--adapter", adapter, "--output", "out"),
+            ("--adapter", adapter, "--output", "out", "--merge", "--format", "transformers"),
+        ):
+            line = fails("--model", base, *args)
+            assert base.rstrip("/").removeprefix("./") in line
+            assert "there is no" in line
+    assert "from nowhere/: there is no such folder; check the path" in fails("verify", bundle, "--model", "nowhere/")
+    assert "there is no folder nowhere" in fails("project", "--model", "nowhere", "--lora", adapter, "--output", "out")
+    for command in (("run", "nowhere/", "--text", "a"), ("verify", "nowhere/"), ("build", "nowhere/")):
+        assert fails(*command) == "error: there is no folder nowhere; give the folder of an exported bundle\n"
+
+
+def test_warnings_of_libraries_to_each_other_are_not_shown() -> None:
+    @click.group(cls=Main)
+    def group() -> None:
+        pass
+
+    @group.command()
+    def warn() -> None:
+        warnings.warn("of another library", FutureWarning, stacklevel=1)
+        warnings.warn("of another library", DeprecationWarning, stacklevel=1)
+        warnings.warn("for the person", stacklevel=1)
+
+    assert CliRunner().invoke(group, ["warn"]).stderr == "warning: for the person\n"
 
 
 # inspect
@@ -247,6 +288,25 @@ def test_run_says_what_is_wrong(bundle: Path, tmp_path: Path) -> None:
     assert "device" in fails("run", bundle, "--text", "a", "--device", "abacus")
 
 
+def test_a_base_without_a_head_of_its_own_has_no_label(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = MultiAdapterModel.run
+
+    def without_head(model: MultiAdapterModel, *args: Any) -> dict[str, Any]:
+        outputs = run(model, *args)
+        outputs["logits"][1] = 0  # what such a bundle gives for a base row
+        return outputs
+
+    monkeypatch.setattr(MultiAdapterModel, "run", without_head)
+    args = ("run", bundle, "--text", "a", "--text", "a", "--adapter", "a", "--adapter", "none")
+    lines = [line.split("\t") for line in invoke(*args).stdout.splitlines()]
+    assert lines[1][1] == "a"
+    assert lines[1][2].isdecimal()
+    assert lines[2] == ["1", "none", "the base has no head of its own", "-"]
+    rows = invoke_json(*args)["rows"]
+    assert rows[1] == {"adapter": "none", "label": None, "name": None, "probability": None}
+    assert isinstance(rows[0]["label"], int)
+
+
 def test_run_never_imports_torch(bundle: Path) -> None:
     code = (
         "import sys\nfrom sdct_export.cli import main\n"
@@ -369,7 +429,9 @@ def test_merged_exports_agree_with_the_bundle(exported: Path, project_folder: Pa
     assert merged["rows"][0]["adapter"] == "merged"
     assert np.allclose(merged["outputs"]["logits"], multi["outputs"]["logits"], atol=1e-4)
     assert not np.allclose(merged["outputs"]["logits"], plain["outputs"]["logits"], atol=1e-2)
-    assert "this bundle is merged" in fails("run", tmp_path / "onnx", "--text", "a", "--adapter", "legal")
+    assert "is merged: its adapter is part of the weights, so leave --adapter out" in fails(
+        "run", tmp_path / "onnx", "--text", "a", "--adapter", "legal"
+    )
 
     from transformers import BertForSequenceClassification
 

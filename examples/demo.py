@@ -161,7 +161,7 @@ def check(tasks: list[Task], data: dict[str, tuple[Encoded, Encoded]], base: Any
     lines = [
         f"adapters run through {how}",
         f"one mixed batch ({', '.join(tasks_in(choice))}): largest gap to the merged model {gap:.1e}; "
-        f"the base row is {'bit for bit the base' if base_same else 'NOT the base'}",
+        f"the base row is {'bit for bit' if base_same else 'NOT'} as without adapters",
         f"first {CHECKED} test texts of each task in mixed batches of 30 through ONNX Runtime: {served}",
         f"verify: {len(report.checks) + len(report_merged.checks)} checks {'passed' if ok else 'FAILED'}, "
         f"largest error against torch {max(errors):.1e}",

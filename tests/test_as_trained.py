@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -127,6 +128,8 @@ def test_another_class_is_refused_everywhere(mean_pooled: tuple[SdctModel, Path]
     ):
         with pytest.raises(BaseMismatchError, match="was trained on MeanPooled"):
             use()
+    with pytest.raises(BaseMismatchError, match=f"^{re.escape(str(adapter))} was trained on MeanPooled"):
+        merge_checkpoint(body, adapter, tmp_path / "out", model_class=named)
     assert not (tmp_path / "out").exists()
 
 

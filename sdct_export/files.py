@@ -122,6 +122,16 @@ def refuse_existing(target: str | Path) -> None:
         raise OutputError(f"cannot write {target}: {above} may not be written to; choose another output")
 
 
+def check_text(target: str | Path, reader: str) -> None:
+    """Raise `OutputError` where the name of an output is no Unicode, so that `reader` could not open it."""
+    try:
+        str(Path(target).absolute()).encode()
+    except UnicodeEncodeError:
+        raise OutputError(
+            f"cannot write {target}: {reader} opens no path that is not valid Unicode; choose another output"
+        ) from None
+
+
 @contextlib.contextmanager
 def open_input(path: Path, error: type[SdctError], advice: str) -> Iterator[tuple[BinaryIO, int]]:
     """Open a file of a stranger to read it: the open file and its size. Only what the descriptor says is believed.

@@ -61,7 +61,7 @@ def plot_spectrum(adapter: SdctAdapter, path: str | Path, *, title: str | None =
         figure = Figure(figsize=(9.8, 4.9), layout="constrained")
         grid = figure.add_gridspec(2, 2, width_ratios=(1.12, 1), hspace=0.1)
         if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=_INK)
+            figure.suptitle(title, parse_math=False, x=0.01, ha="left", fontsize=11, fontweight="bold", color=_INK)
         _draw_positions(adapter, figure.add_subplot(grid[:, 0]))
         _draw_distances(adapter, figure.add_subplot(grid[0, 1]))
         _draw_modules(adapter, figure.add_subplot(grid[1, 1]))
@@ -153,7 +153,8 @@ def _draw_modules(adapter: SdctAdapter, axes: Axes) -> None:
     axes.bar(range(len(share)), share, width=0.85, color=[_color(kinds.index(t)) if kinds else _BAR for t in tails])
     if len(kinds) > 1:
         handles = [axes.bar([0], [0], color=_color(i)) for i in range(len(kinds))]
-        axes.legend(handles, kinds, frameon=False, ncols=min(3, len(kinds)), loc="upper right", handlelength=1)
+        names = [kind.replace("$", r"\$") for kind in kinds]  # what stands between two would be read as mathematics
+        axes.legend(handles, names, frameon=False, ncols=min(3, len(kinds)), loc="upper right", handlelength=1)
         axes.set_ylim(0, max(max(share), 1e-9) * 1.3)
     axes.set(xlim=(-0.7, len(share) - 0.3), xlabel="module, first to last", ylabel="energy, %")
     _label_layers([s.module for s in summaries], axes)

@@ -9,7 +9,7 @@ import numpy as np
 from .. import native
 from ..adapter.adapter import SdctAdapter
 from ..errors import OutputError
-from ..files import new_file
+from ..files import check_text, new_file
 from .description import Bundle
 from .packing import bank_layout, pack
 
@@ -26,6 +26,7 @@ def write_onnx_adapter(bundle: Bundle, adapter: SdctAdapter, path: str | Path, *
         OutputError: the file exists already or cannot be written. UnsupportedError: ONNX Runtime is not installed.
     """
     onnxruntime = native.onnxruntime()
+    check_text(path, "ONNX Runtime")
     rows = pack(bundle, adapter, label=label)
     bank = {name: np.zeros((2, *shape), dtype) for name, (dtype, shape) in bank_layout(bundle).items()}
     for name, row in rows.items():

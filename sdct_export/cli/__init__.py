@@ -94,9 +94,11 @@ def main(
         raise click.UsageError("--format transformers needs --merge: a checkpoint holds one set of weights")
     if format_ == "transformers" and dtype:
         raise click.UsageError("--dtype is for ONNX; a merged checkpoint keeps the types of the base")
-    from ..files import refuse_existing
+    from ..files import check_text, refuse_existing
 
     refuse_existing(output)
+    if format_ != "transformers":
+        check_text(output, "ONNX Runtime")
     if format_ == "tensorrt":
         _require_tensorrt()
     if format_ == "transformers":

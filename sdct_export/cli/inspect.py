@@ -53,7 +53,7 @@ def _show_adapter(path: Path, plot: Path | None, as_json: bool) -> None:
         from ..adapter.plot import plot_spectrum
         from ..files import folder_name
 
-        plot_spectrum(adapter, plot, title=folder_name(path))
+        plot_spectrum(adapter, plot, title=printable(folder_name(path)))
     if as_json:
         print_json(
             {

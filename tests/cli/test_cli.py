@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -193,6 +195,23 @@ def test_inspect_adapter_as_json_with_a_picture(adapter: Path, tmp_path: Path) -
     assert all(sum(m["band_shares"]) == pytest.approx(1) for m in described["modules"])
     assert described["saved"]["classifier.weight"] == {"shape": [2, 12], "dtype": "float32"}
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_that_are_no_text_or_mathematics_in_a_picture(adapter: Path, tmp_path: Path) -> None:
+    made = SdctAdapter.load(adapter)
+    modules = {f"{path}.$\\nonsense{{$": entries for path, entries in made.modules.items()}
+    config = dataclasses.replace(made.config, target_modules=["$\\nonsense{$"])
+    strange = dataclasses.replace(made, config=config, modules=modules, base_hash=None, base_dtype=None)
+    for name in ("$\\nonsense{$", os.fsdecode(b"a\xff")):
+        strange.save(tmp_path / name)
+        invoke("inspect", tmp_path / name, "--plot", tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_an_output_that_onnxruntime_could_not_open(adapter: Path, tmp_path: Path) -> None:
+    output = tmp_path / os.fsdecode(b"a\xff")
+    line = fails("--model", tmp_path, "--adapter", adapter, "--output", output)
+    assert "ONNX Runtime opens no path that is not valid Unicode; choose another output" in line
 
 
 def test_inspect_says_what_is_wrong(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

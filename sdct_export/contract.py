@@ -51,6 +51,7 @@ IR_VERSION = 10  # the first with function overloads
 ADAPTER_IDS = "adapter_ids"
 ADAPTER_SCALES = "adapter_scales"
 OPTIONAL_INPUTS = ("token_type_ids",)  # zero where a request leaves them out, as in transformers
+SENTENCE_EMBEDDING = "sentence_embedding"  # [batch, dim], the one output of a bundle with pooling
 BATCH, BLEND, SLOTS = "batch", "blend", "slots"  # symbolic dimensions
 
 

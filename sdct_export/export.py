@@ -20,6 +20,7 @@ from .adapter.adapter import SdctAdapter
 from .adapter.folder import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE, write_training
 from .base.model import check_base, find_linear, linear_shape, load_base, model_digests, model_hash, to_numpy
 from .base.reference import most_tokens, run_rows, sample_inputs
+from .base.sentence import Tail, add_tail, body_folder, load_tail, refuse_whole, settings_files
 from .base.training import check_record, class_name, class_of, fresh_parameters, model_config, set_padding
 from .bundle.description import (
     ADAPTERS_FOLDER,
@@ -55,9 +56,13 @@ _COPIED = (
 
 @dataclasses.dataclass(frozen=True)
 class _Base:
-    """The base as loaded: a private torch model, where it came from, and its identity before any cast."""
+    """The base as loaded: a private torch model, where it came from, and its identity before any cast.
+
+    `tail` is what follows `model` in a SentenceTransformer; identity and training are those of `model` alone.
+    """
 
     model: nn.Module
+    tail: Tail | None
     source: str | Path | nn.Module
     task: str
     dtype: str
@@ -78,12 +83,14 @@ def export_merged(
     """Write a bundle whose `model.onnx` has `adapter` merged into its weights; it runs like any ONNX model.
 
     Args:
-        model: checkpoint folder, or a transformers model or `SdctModel` (left as it is).
+        model: checkpoint folder, or a transformers model or `SdctModel` (left as it is). Of a SentenceTransformer's
+            folder the bundle has the pooling, too, and gives `sentence_embedding [batch, dim]`.
         adapter: an adapter or its folder; of an `SdctModel` also the name of one on it, or None for the active one.
         output: the new folder.
         task_type: chooses the model class of a checkpoint; default: the class the adapter was trained on, or else the
             task its config names.
-        model_class: `MODULE:CLASS` of a checkpoint, needed where the adapter was trained on a class of one's own.
+        model_class: `MODULE:CLASS` of a checkpoint, needed where the adapter was trained on a class of one's own, and
+            for the transformer of a SentenceTransformer without its pooling.
         dtype: `float32` or `float16`; default: the base's own, float32 for a bfloat16 base.
 
     Raises:
@@ -105,7 +112,7 @@ def export_merged(
     if labels is not None and config is not None:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
-    base.model.to(DTYPES[exported])
+    _complete(base, exported)
     with new_folder(output) as folder:
         graph = trace(base.model)
         if merged.trained_on is not None:
@@ -127,14 +134,16 @@ def export_multi(
     """Write a bundle in which every batch row picks its own adapters (see `contract`).
 
     Args:
-        model: checkpoint folder, or a transformers model or `SdctModel` (left as it is).
+        model: checkpoint folder, or a transformers model or `SdctModel` (left as it is). Of a SentenceTransformer's
+            folder the bundle has the pooling, too, and gives `sentence_embedding [batch, dim]`.
         adapters: name -> adapter or its folder; or a list of folders, named as these are. Of an `SdctModel` also a
             list of names of adapters on it, or None for all of them. Capacities and the number of labels come from
             the largest; others that fit can be loaded when the bundle runs.
         output: the new folder.
         task_type: chooses the model class of a checkpoint; default: the class the adapters were trained on, or else
             the task their configs name.
-        model_class: `MODULE:CLASS` of a checkpoint, needed where adapters were trained on a class of one's own.
+        model_class: `MODULE:CLASS` of a checkpoint, needed where adapters were trained on a class of one's own, and
+            for the transformer of a SentenceTransformer without its pooling.
         dtype: `float32` or `float16`; default: the base's own, float32 for a bfloat16 base.
 
     Raises:
@@ -153,7 +162,7 @@ def export_multi(
     heads = _heads(base.model, named)
     capacity = {m: max(a.modules[m].n for a in named.values() if m in a.modules) for m in base.shapes}
     exported = _export_dtype(base, dtype)
-    base.model.to(DTYPES[exported])
+    _complete(base, exported)
     with new_folder(output) as folder:
         graph = trace(base.model)
         own_inputs = len(graph.graph.inputs)
@@ -204,20 +213,23 @@ def _prepare(
 ) -> _Base:
     """Load or copy the base, size its head for the adapters, and check that every adapter was trained on it."""
     task = task_type or _common_task(named)
-    fresh = None
+    fresh = tail = None
     if isinstance(source, nn.Module):
+        refuse_whole(source)
         fresh = source.fresh_parameters if isinstance(source, SdctModel) else fresh_parameters(source)
         model = (source.plain_base() if isinstance(source, SdctModel) else copy.deepcopy(source)).eval()
     else:
         chosen = None if task_type and model_class is None else class_of(named, model_class)
         saved = set.intersection(*(set(adapter.saved) for adapter in named.values()))
-        load = functools.partial(load_base, source, task, model_class=chosen, saved=saved)
+        load = functools.partial(load_base, body_folder(source), task, model_class=chosen, saved=saved)
         model = load()
         head = _label_head(model, named)
         labels = max(_labels(adapter, head) or 0 for adapter in named.values())
         if labels and head and labels != model.get_parameter(f"{head}.weight").shape[0]:
             model = _with_labels(load, labels, model, head)
         set_padding(model, [adapter.trained_on for adapter in named.values()])
+        if model_class is None and task_type_of(model) == "FEATURE_EXTRACTION":
+            tail = load_tail(source, model)
     known = task_type_of(model)
     if task_type and known not in (task_type, None) and class_name(model).startswith("transformers:"):
         raise ConfigError(
@@ -232,7 +244,15 @@ def _prepare(
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     if task is None:
         task = task_type_of(model) or "FEATURE_EXTRACTION"
-    return _Base(model, source, task, dtype, shapes, model_hash(model, shapes, dtype), model_digests(model, shapes))
+    digests = model_digests(model, shapes)
+    return _Base(model, tail, source, task, dtype, shapes, model_hash(model, shapes, dtype), digests)
+
+
+def _complete(base: _Base, dtype: str) -> None:
+    """Put what follows the model behind it, now that nothing is asked of the model alone, and cast both."""
+    if base.tail is not None:
+        add_tail(base.model, base.tail)
+    base.model.to(DTYPES[dtype])
 
 
 def _shapes(model: nn.Module, named: Mapping[str, SdctAdapter]) -> dict[str, tuple[int, int]]:
@@ -383,6 +403,9 @@ def _write(
         config.architectures = [type(base.model).__name__]
         config.save_pretrained(folder)
     source = Path(_name(base))  # of a model in memory, the folder it was loaded from
+    for name, file in (settings_files(source) if base.tail is not None else {}).items():
+        copy_inside(source, file, folder / name)
+    source = Path(body_folder(source))
     if source.is_dir():
         for pattern in _COPIED:
             for file in filter(Path.is_file, sorted(source.glob(pattern))):
@@ -407,6 +430,7 @@ def _write(
         model_config=model_config(base.model),
         training_sha256=training_sha256(folder),
         max_tokens=most_tokens(base.model),
+        pooling=() if base.tail is None else base.tail.described,
     ).write(folder)
 
 

@@ -67,7 +67,8 @@ def verify(
     probed adapter, a mixed batch and a blend, and those that each adapter's model gave when it was saved after its
     training; base rows of a mixed batch equal a run without adapters bit for bit; every adapter changes the output.
     With `model`, the base it was exported from: its weights have the recorded hash, and every adapter, blends and base
-    rows equal what torch computes now, on other inputs.
+    rows equal what torch computes now, on other inputs. What adapters recorded in training is compared with the
+    transformer of a SentenceTransformer then, since a bundle gives only what follows it.
 
     Args:
         bundle: the exported folder.
@@ -196,6 +197,12 @@ def _against_training(bundle: Bundle, runner: MultiAdapterModel) -> Iterator[Che
         record = read_training(folder)
         if record is None or record.probe is None:
             continue  # projected from weights, or saved by an older version
+        if bundle.pooling:  # what was recorded lies below the pooling: not among the outputs
+            same = record.model_class.rpartition(":")[2] == bundle.base_architecture
+            detail = f"{record.model_class}, the outputs of which were compared at export, below the pooling"
+            wrong = f"trained on {record.model_class}, this is a {bundle.base_architecture}"
+            yield Check(check, same, detail if same else wrong)
+            continue
         inputs = {
             spec.name: record.probe.inputs[spec.name] for spec in bundle.inputs if spec.name in record.probe.inputs
         }
@@ -238,6 +245,8 @@ def _against_torch(
         yield Check("base model", False, "has other weights than the base this bundle was exported from")
         return
     yield Check("base model", True, "weights as recorded")
+    if bundle.pooling:
+        yield from _below_pooling(bundle, base, source, adapters)
     base = base.to(getattr(torch, bundle.dtype)).float()
     tensors = sample_inputs(base, batch=ROWS, sequence=11, seed=2)
     inputs = {name: to_numpy(tensor) for name, tensor in tensors.items()}
@@ -258,6 +267,32 @@ def _against_torch(
         yield _measured(bundle, f"torch {label}", error, "against torch now, beside other rows")
 
 
+def _below_pooling(
+    bundle: Bundle, base: nn.Module, source: str | Path | nn.Module, adapters: Mapping[str, SdctAdapter]
+) -> Iterator[Check]:
+    """Compare what was recorded in training, of the transformer alone; then put the pooling behind `base`."""
+    from .base.sentence import add_tail, load_tail
+    from .base.training import check_record
+
+    for name, adapter in adapters.items():
+        if adapter.trained_on is None or adapter.trained_on.probe is None:
+            continue
+        try:
+            check_record(adapter, base)
+        except BaseMismatchError as error:
+            yield Check(f"trained {name} below pooling", False, str(error))
+        else:
+            yield Check(f"trained {name} below pooling", True, "torch now against the model as trained")
+    tail = load_tail(source, base) if isinstance(source, str | Path) else None
+    if tail is None:
+        raise BaseMismatchError(
+            f"the bundle has the pooling of a SentenceTransformer ({', '.join(bundle.pooling)}), this base has none; "
+            "pass the SentenceTransformer's folder"
+        )
+    yield Check("pooling", tail.described == bundle.pooling, f"the base has {', '.join(tail.described)}")
+    add_tail(base, tail)
+
+
 def _plans(names: list[str]) -> Iterator[list[Row]]:
     """Batches of `ROWS` rows: base rows with every adapter once beside them, then blends."""
     yield [()] * ROWS
@@ -276,6 +311,7 @@ def _load_base(
     import copy
 
     from .base.model import load_base
+    from .base.sentence import body_folder
     from .base.training import class_of, set_padding
     from .tuning.model import SdctModel
 
@@ -287,7 +323,7 @@ def _load_base(
             model_class = merged.model_class
         saved = set(merged.fresh_parameters or ()) if merged else {n for a in adapters.values() for n in a.saved}
         base = load_base(
-            source, bundle.task, num_labels=size, model_class=class_of(adapters, model_class), saved=saved
+            body_folder(source), bundle.task, num_labels=size, model_class=class_of(adapters, model_class), saved=saved
         )
         set_padding(base, [merged, *(adapter.trained_on for adapter in adapters.values())])
     elif isinstance(source, SdctModel):

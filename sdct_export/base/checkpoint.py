@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .. import files
 from ..errors import BaseMismatchError, SdctError, UnsupportedError
 from .model import class_for, loading_error, named_class
+from .sentence import body_folder
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -65,6 +66,9 @@ class Checkpoint:
                 f"there is no folder {self.folder}; give the folder of a downloaded Hugging Face model"
             )
         if not (self.folder / CONFIG_FILE).is_file():
+            body = Path(body_folder(self.folder))
+            if body != self.folder:
+                raise BaseMismatchError(f"{self.folder} keeps its transformer in {body}; give that folder")
             raise BaseMismatchError(
                 f"{self.folder} is not a model checkpoint: it has no {CONFIG_FILE}; give the folder of a downloaded "
                 "Hugging Face model"

@@ -4,7 +4,8 @@ model.onnx (+ model.onnx.data)   the graph; sdct_bundle.json describes it
 adapters/<name>/                 adapter folders exported along with it; a merged export has none
 adapters/<name>.onnx_adapter     the same for ONNX Runtime's own adapter API
 probe.safetensors                torch outputs on fixed inputs, recorded at export, for `sdct-export verify`
-tokenizer and config files       of the base, so that the folder can be served by itself
+tokenizer and config files       of the base, so that the folder can be served by itself; of a SentenceTransformer
+                                 also how it prepares texts
 """
 
 from __future__ import annotations
@@ -62,8 +63,9 @@ class Bundle:
     adapter's own base hash be compared when it is loaded later; `inputs` are the model's own, without the adapter
     inputs; `model_sha256` is of `model.onnx` itself, `data_sha256` of the weights in `model.onnx.data`,
     `training_sha256` of what a merged bundle holds of its adapter's training; `model_class` (`MODULE:CLASS`) and
-    `model_config` are those of the base, None in a bundle that an older version wrote; `max_tokens`
-    is how many tokens a row may have where the base looks their positions up in a table.
+    `model_config` are those of the base, None in a bundle that an older version wrote; `max_tokens` is how many tokens
+    a row may have where the base looks their positions up in a table; `pooling` says what a SentenceTransformer does
+    behind the base, which alone adapters and hashes are about.
     """
 
     kind: str
@@ -85,6 +87,7 @@ class Bundle:
     model_class: str | None = None
     model_config: Mapping[str, Any] | None = None
     max_tokens: int | None = None
+    pooling: tuple[str, ...] = ()
     path: Path = dataclasses.field(default=Path(), compare=False)
 
     @classmethod
@@ -213,6 +216,7 @@ def _parse(raw: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name} must be one of {', '.join(DTYPE_NAMES)}, got {raw[name]!r}")
     for name in ("inputs", "outputs"):
         fields[name] = tuple(_tensor(s) for s in raw[name])
+    fields["pooling"] = tuple(_text(step, "pooling") for step in raw.get("pooling", ()))
     fields["groups"] = tuple(_group(g) for g in raw["groups"])
     fields["heads"] = tuple(
         Head(_text(h["module"], "head"), _size(h["d_out"], "d_out"), _size(h["d_in"], "d_in")) for h in raw["heads"]

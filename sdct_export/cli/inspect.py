@@ -144,6 +144,7 @@ def _show_bundle(bundle: Bundle, as_json: bool) -> None:
         ("model sha256", bundle.model_sha256),
         ("inputs", _signature(bundle.inputs)),
         ("outputs", _signature(bundle.outputs)),
+        *([("pooling", ", ".join(bundle.pooling))] if bundle.pooling else []),
     ):
         click.echo(f"{name}: {printable(value)}")
     if operator is not None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .output import print_json, print_table, printable
 
 _NO_HEAD = ("the base has no head of its own", "-")  # in place of a label and its probability
+if TYPE_CHECKING:
+    from ..adapter.entries import Array
+
+_MOST_COSINES = 8  # columns of the table; all are in --json
 
 
 @click.command(
@@ -44,7 +50,8 @@ def run(
 ) -> None:
     """Run a bundle once: text through its own tokenizer, or arrays from files.
 
-    Prints the most probable label of each row for classifiers, else the shapes of the outputs.
+    Prints the most probable label of each row for classifiers, the cosines between the rows for sentence embeddings,
+    else the shapes of the outputs.
     """
     if bool(texts) == bool(inputs):
         raise click.UsageError("give either --text or --input")
@@ -56,7 +63,7 @@ def run(
     from ..errors import ConfigError
     from ..files import refuse_existing
     from ..runtime import MultiAdapterModel
-    from ..runtime.request import encode_text, read_arrays, top_labels, write_arrays
+    from ..runtime.request import cosines, encode_text, read_arrays, top_labels, write_arrays
 
     if output:
         refuse_existing(output)
@@ -71,12 +78,16 @@ def run(
     batch = len(next(iter(result.values())))
     chosen = rows * batch if len(rows) == 1 else rows or [None] * batch
     labels = top_labels(model.bundle, result, [list(row or {}) for row in chosen])
+    embedded = cosines(result)
     names = ["merged" if model.bundle.kind == "merged" else _format_adapters(row) for row in chosen]
     if as_json:
         told: list[dict[str, object]] = [{"adapter": name} for name in names]
         for row, label in zip(told, labels or [], strict=labels is not None):
             row |= {"label": label and label.index, "name": label and label.name}
             row["probability"] = label and label.probability
+        if embedded is not None:
+            for row, norm, between in zip(told, *embedded, strict=True):
+                row |= {"norm": float(norm), "cosines": between.tolist()}
         print_json({"rows": told, "outputs": {name: array.tolist() for name, array in result.items()}})
         return
     if labels is not None:
@@ -85,11 +96,20 @@ def run(
             for i, (name, label) in enumerate(zip(names, labels, strict=True))
         ]
         print_table(["row", "adapter", "label", "probability"], rows_, right=(3,))
+    elif embedded is not None:
+        _print_cosines(names, *embedded)
     else:
         shapes = [(name, " x ".join(map(str, array.shape)), array.dtype) for name, array in result.items()]
         print_table(["output", "shape", "dtype"], shapes)
     if output:
         click.echo(f"wrote {printable(str(output))}")
+
+
+def _print_cosines(names: Sequence[str], norms: Array, between: Array) -> None:
+    shown = range(min(len(names), _MOST_COSINES))
+    table = [(i, name, *(f"{x:.4f}" for x in (norms[i], *between[i, shown]))) for i, name in enumerate(names)]
+    columns = ["row", "adapter", "norm", *(f"cosine to {j}" for j in shown)]
+    print_table(columns, table, right=range(2, len(columns)))
 
 
 def _parse_adapters(text: str) -> dict[str, float] | None:

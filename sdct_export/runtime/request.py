@@ -16,6 +16,7 @@ import numpy as np
 from ..adapter.entries import Array
 from ..adapter.folder import read_training
 from ..bundle.description import Bundle
+from ..contract import SENTENCE_EMBEDDING
 from ..errors import AdapterFormatError, ConfigError
 from ..files import new_file, open_input, read_input, read_json
 
@@ -40,6 +41,9 @@ def encode_text(bundle: Bundle, texts: Sequence[str], pairs: Sequence[str] | Non
     """`texts` as the bundle's inputs, int64 `[len(texts), tokens]`, by its own `tokenizer.json`, padded.
 
     Texts that are too long for the model are cut, with a warning that says so.
+
+    For a bundle with a SentenceTransformer's pooling as its `encode` does it: the default prompt in front, lower case
+    and the longest text as its settings say.
 
     Args:
         bundle: what will run.
@@ -68,7 +72,9 @@ def encode_text(bundle: Bundle, texts: Sequence[str], pairs: Sequence[str] | Non
         raise AdapterFormatError(f"{file} cannot be read ({error}); export the bundle again") from error
     settings = _read_json(bundle.path / "tokenizer_config.json")
     limit = settings.get("model_max_length")
-    if tokenizer.truncation is None:
+    if bundle.pooling:
+        texts = _prepare_sentences(bundle, tokenizer, texts, settings)
+    elif tokenizer.truncation is None:
         if not isinstance(limit, int) or not 0 < limit < _LARGEST_LENGTH:
             limit = _read_json(bundle.path / "config.json").get("max_position_embeddings")
         if bundle.max_tokens is not None:
@@ -108,6 +114,50 @@ def encode_text(bundle: Bundle, texts: Sequence[str], pairs: Sequence[str] | Non
     if "attention_mask" not in names and not all(all(e.attention_mask) for e in encoded):
         raise ConfigError("this bundle takes no attention_mask, so all texts need the same number of tokens")
     return {name: np.asarray(known[name], dtype=np.int64) for name in names}
+
+
+def _prepare_sentences(bundle: Bundle, tokenizer: Any, texts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+    """The texts with the default prompt; `tokenizer` cuts and lower-cases as the SentenceTransformer's does.
+
+    That has a length of its own, or else the smaller one of tokenizer and model, whatever `tokenizer.json` says.
+    """
+    from tokenizers import normalizers
+
+    own = _read_json(bundle.path / "sentence_bert_config.json")
+    limit: Any = own.get("max_seq_length")
+    if not _is_length(limit):
+        model = _read_json(bundle.path / "config.json")
+        known: list[Any] = [settings.get("model_max_length"), model.get("max_position_embeddings")]
+        limit = min((length for length in known if _is_length(length)), default=None)
+    tokenizer.no_truncation()
+    if limit is not None:
+        side = "left" if settings.get("truncation_side") == "left" else "right"
+        tokenizer.enable_truncation(limit, direction=side)
+    if own.get("do_lower_case") is True:
+        before = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *before])
+    more = _read_json(bundle.path / "config_sentence_transformers.json")
+    name, prompts = more.get("default_prompt_name"), more.get("prompts")
+    prompt = prompts.get(name) if isinstance(name, str) and isinstance(prompts, dict) else None
+    return [f"{prompt}{text}" for text in texts] if isinstance(prompt, str) else list(texts)
+
+
+def _is_length(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < _LARGEST_LENGTH
+
+
+def cosines(outputs: Mapping[str, Array]) -> tuple[Array, Array] | None:
+    """Norm of each row's sentence embedding `[batch]` and the cosines between them `[batch, batch]`, in float64.
+
+    None where the bundle gives no sentence embeddings.
+    """
+    embeddings = outputs.get(SENTENCE_EMBEDDING)
+    if embeddings is None or embeddings.ndim != 2:
+        return None
+    wide = embeddings.astype(np.float64)
+    norms: Array = np.linalg.norm(wide, axis=1)
+    unit = wide / np.maximum(norms, np.finfo(np.float64).tiny)[:, None]
+    return norms, unit @ unit.T
 
 
 def top_labels(

@@ -19,6 +19,7 @@ from ..adapter.adapter import SdctAdapter
 from ..adapter.config import SdctConfig
 from ..adapter.entries import DTYPE_NAMES, VALUE_DTYPES, Array, SdctEntries
 from ..base.model import CHILD, check_base, to_numpy, to_torch
+from ..base.sentence import refuse_whole
 from ..base.training import check_record, checksums, fresh_parameters, record
 from ..errors import BaseMismatchError, ConfigError, UnknownAdapterError
 from ..files import check_adapter_name
@@ -68,6 +69,7 @@ class SdctModel(nn.Module):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
+        refuse_whole(base)
         if any(isinstance(module, SdctLayer | SdctModel) for module in base.modules()):
             raise ConfigError(
                 "the base carries sDCT adapters already; call add_adapter or load_adapter of its SdctModel"

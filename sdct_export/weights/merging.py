@@ -48,6 +48,7 @@ from ..base.model import (
     to_numpy,
     to_torch,
 )
+from ..base.sentence import module_folders
 from ..base.training import (
     check_config,
     check_probe,
@@ -366,10 +367,12 @@ def _counted(tensor: NewTensor, advance: Callable[[int], None]) -> NewTensor:
 
 def _copy_other_files(source: Path, target: Path) -> None:
     skipped = {CONFIG_FILE, INDEX_FILE}
+    parts = module_folders(source)  # of a SentenceTransformer: no adapter changes what follows the transformer
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         hidden = any(part.startswith(".") for part in relative.parts)
         stale = path.suffix in _OTHER_WEIGHTS or path.name.endswith(".index.json")
+        stale = stale and relative.parts[0] not in parts
         if not path.is_file() or hidden or stale or str(relative) in skipped:
             continue
         (target / relative).parent.mkdir(parents=True, exist_ok=True)

@@ -10,10 +10,10 @@ import click
 
 from .output import print_json, print_table, printable
 
-_NO_HEAD = ("the base has no head of its own", "-")  # in place of a label and its probability
 if TYPE_CHECKING:
     from ..adapter.entries import Array
 
+_NO_HEAD = ("the base has no head of its own", "-")  # in place of a label and its probability
 _MOST_COSINES = 8  # columns of the table; all are in --json
 
 

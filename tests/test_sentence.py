@@ -88,6 +88,10 @@ def test_every_row_is_what_encode_gives(case: str, tmp_path: Path) -> None:
         assert far(embed(bundle.path, TEXTS, None if name == "none" else name), expected) < 2e-6
     mixed = embed(bundle.path, TEXTS, ["two", None, "one", {"one": 1.0, "two": 0.0}])
     assert far(mixed, np.stack([want[name][i] for i, name in enumerate(("two", "none", "one", "one"))])) < 2e-6
+    with MultiAdapterModel(bundle) as running:  # what was recorded below the pooling is not asked of it
+        running.load_adapter("later", tmp_path / "two")
+        later = running.run(encode_text(bundle, TEXTS), "later")["sentence_embedding"]
+    assert far(later, want["two"]) < 2e-6
     assert failed(bundle.path) == failed(bundle.path, base) == []
 
 

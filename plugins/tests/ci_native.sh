@@ -4,6 +4,7 @@
 #     PYTHON=.venv/bin/python plugins/tests/ci_native.sh
 #
 #   build/sanitize   core, driver and operator library under AddressSanitizer and UBSan, run against scipy and ONNX Runtime
+#   build/threads    core and operator library under ThreadSanitizer, in many threads, without ONNX Runtime
 #   build/native     the same optimised; the rest of the test suite runs with the operator that .venv's installation built
 #   build/cuda       the GPU kernels, compiled only
 #
@@ -74,6 +75,23 @@ check() { # preloaded libraries, build folder, tests ...
 build build/sanitize -DSDCT_CUDA=OFF -DSDCT_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O1
 check "" build/sanitize tests/native/test_core.py
 check "$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" build/sanitize tests/native/test_operator.py
+
+# what loads at an address that this sanitizer does not expect is run without randomised addresses
+threads() {
+  local fixed=()
+  setarch "$(uname -m)" -R true 2>/dev/null && fixed=(setarch "$(uname -m)" -R)
+  TSAN_OPTIONS=exitcode=66 "${fixed[@]}" build/threads/sdct_threads "$@" >build/threads/report 2>&1
+}
+build build/threads -DSDCT_CUDA=OFF -DSDCT_SANITIZE=thread -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O1
+threads || { cat build/threads/report; echo "native: FAILED, threads disturb each other in the operator"; exit 1; }
+code=0
+threads --race || code=$?
+if [ "$code" != 66 ] || ! grep -q 'WARNING: ThreadSanitizer: data race' build/threads/report; then
+  cat build/threads/report
+  echo "native: FAILED, ThreadSanitizer does not see a slot that is written while it is read"
+  exit 1
+fi
+echo "native: the operator is free of data races, and a planted one is seen"
 
 build build/native -DSDCT_CUDA=OFF
 check "" build/native tests/native/test_core.py tests/native/test_operator.py

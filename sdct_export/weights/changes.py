@@ -10,6 +10,7 @@ import dataclasses
 import math
 import re
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,20 @@ _PLAIN_LORA = {
     *("megatron_core", "qalora_group_size", "runtime_config", "lora_bias", "ensure_weight_tying", "init_lora_weights"),
 }
 _PLAIN_INIT = (None, True, False, "gaussian", "orthogonal", "eva")  # the others change the base's weights
-_NOT_LINEAR = ("layer_replication", "alora_invocation_tokens", "trainable_token_indices", "target_parameters")
+# what PEFT itself may merge: kinds that change weights by what is in their folder. Others name models, adapters or a
+# tokenizer with code of its own elsewhere, which PEFT would fetch and load
+_MERGED_BY_PEFT = {
+    *("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "VERA", "FOURIERFT", "HRA", "VBLORA", "RANDLORA"),
+    *("BONE", "MISS", "SHIRA", "C3A", "WAVEFT", "ROAD", "DELORA"),
+}
+# megatron_config makes PEFT import the module that megatron_core names
+_NOT_LINEAR = (
+    "megatron_config",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+    "target_parameters",
+)
 _TASK_OF_CLASS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
@@ -113,7 +127,7 @@ def from_peft(base: Checkpoint, folder: Path) -> Change:
     if plain and not any(raw[key] for key in set(raw) - _PLAIN_LORA):
         shapes, spectrum, ignored = _lora(folder, raw, rest, structure)
     else:
-        shapes, spectrum, ignored = _merged_by_peft(base, folder, task, structure)
+        shapes, spectrum, ignored = _merged_by_peft(base, folder, raw, rest, task, structure)
     return Change(
         structure, task, raw.get("base_model_name_or_path") or str(base.folder), shapes, spectrum, saved, ignored
     )
@@ -249,8 +263,27 @@ def _lora(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, Array], st
     return shapes, spectrum, ignored
 
 
-def _merged_by_peft(base: Checkpoint, folder: Path, task: str | None, structure: Structure) -> _Parts:
+def _merged_by_peft(
+    base: Checkpoint,
+    folder: Path,
+    raw: Mapping[str, Any],
+    tensors: Mapping[str, Array],
+    task: str | None,
+    structure: Structure,
+) -> _Parts:
     """The difference that merging makes to each adapted layer, by PEFT itself on the base in float32."""
+    if raw["peft_type"] not in _MERGED_BY_PEFT:
+        raise UnsupportedError(
+            f"{folder} is a {raw['peft_type']!r} adapter, which changes no weights (prompt learning) or is not known "
+            "to this version; it cannot be projected"
+        )
+    longest = max((n for array in tensors.values() for n in array.shape), default=0)
+    patterns = raw["rank_pattern"].values() if isinstance(raw.get("rank_pattern"), dict) else ()
+    for rank in (raw.get("r"), raw.get("init_r"), *patterns):
+        if isinstance(rank, int) and rank > longest:  # PEFT would first make matrices of that rank
+            raise AdapterFormatError(
+                f"{folder}: no stored factor has the rank {rank} that its config names; copy it again"
+            )
     _refuse_slow_patterns(folder)
     try:
         import peft
@@ -260,13 +293,19 @@ def _merged_by_peft(base: Checkpoint, folder: Path, task: str | None, structure:
             f"{folder} is no plain LoRA, and merging it needs PEFT; install it with `pip install 'sdct_export[peft]'`"
         ) from None
     labels = structure.config.num_labels if structure.resized else None
-    heads = _read_peft_config(folder)["modules_to_save"]
+    heads = raw["modules_to_save"]
     saved = {n for n, _ in structure.model.named_parameters() if any(f".{m}." in f".{n}" for m in heads)}
     model = load_base(base.folder, task, dtype=torch.float32, num_labels=labels, saved=saved)
     try:
-        tuned = peft.PeftModel.from_pretrained(model, str(folder))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            tuned = peft.PeftModel.from_pretrained(model, str(folder))
     except Exception as error:  # a foreign adapter makes PEFT raise errors of many kinds
         raise BaseMismatchError(f"PEFT cannot apply {folder} to {base.folder}: {error}") from error
+    for warning in told:
+        if "missing adapter keys" in str(warning.message):  # for which PEFT makes values up
+            raise AdapterFormatError(f"{folder} is incomplete; copy the whole folder. {warning.message}")
+        warnings.warn(warning.message, stacklevel=2)
     if not isinstance(tuned.base_model, BaseTuner):
         raise UnsupportedError(f"{folder} does not change weights (prompt learning); it cannot be projected")
     layers: dict[str, Any] = {

@@ -120,7 +120,7 @@ def main(
         from ..engine.build import build_engine
 
         with busy("building"):
-            build_engine(bundle, report=lambda line: click.echo(line, err=True))
+            build_engine(bundle, report=lambda line: click.echo(printable(line), err=True))
     _report(
         {
             "output": str(output),

@@ -18,7 +18,7 @@ class RangeType(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int, int]:
         """The three numbers."""
         parts = str(value).split(":")
-        if len(parts) not in (1, 3) or not all(part.isdecimal() for part in parts):
+        if len(parts) not in (1, 3) or not all(part.isdecimal() and len(part) < 20 for part in parts):
             self.fail(f"{value!r} must be MIN:OPT:MAX or one number", param, ctx)
         numbers = [int(part) for part in parts]
         return (numbers[0], numbers[0], numbers[0]) if len(numbers) == 1 else (numbers[0], numbers[1], numbers[2])
@@ -70,7 +70,7 @@ def build(
             profile=profile,
             timing_cache=timing_cache,
             embed_plugin=not no_embed,
-            report=lambda line: click.echo(line, err=as_json),
+            report=lambda line: click.echo(printable(line), err=as_json),
         )
     engine = output or bundle / ENGINE_FILE
     if as_json:

@@ -20,6 +20,8 @@ from ..errors import BaseMismatchError, SdctError, missing_package
 # what libraries say in errors of their own where the memory does not suffice
 _NO_MEMORY = ("allocate memory", "out of memory", "failed to allocate", "map segment", "bad_alloc", "start new thread")
 
+_LONGEST = 4000  # characters of an error
+
 
 class Main(click.Group):
     """A group whose commands end with one line `error: ...` on standard error.
@@ -41,7 +43,7 @@ class Main(click.Group):
                     raise
                 line, code = found, 128 + stopped.number if stopped else 1
             # here the error and the frames it holds are gone, since memory may be short
-            click.echo(f"error: {printable(line)}", err=True)
+            click.echo(f"error: {message(line)}", err=True)
             sys.exit(code)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -49,9 +51,7 @@ class Main(click.Group):
         with warnings.catch_warnings():
             for category in (DeprecationWarning, FutureWarning):  # from one library to another, not to the person
                 warnings.simplefilter("ignore", category)
-            warnings.showwarning = lambda message, *_, **__: click.echo(
-                f"warning: {printable(str(message))}", err=True
-            )
+            warnings.showwarning = lambda told, *_, **__: click.echo(f"warning: {message(str(told))}", err=True)
             return super().invoke(ctx)
 
 
@@ -115,8 +115,14 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, rig
 
 
 def printable(text: str) -> str:
-    """`text` from a file, safe to print: control characters other than line ends, and lone surrogates, are escaped."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    """`text` from a file, safe to print in one line: control characters and lone surrogates are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def message(text: str) -> str:
+    """The text of an error, safe to print: cut where a file made it long, and no line of it passes for another."""
+    short = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ... ({len(text)} characters)"
+    return "\n  ".join(printable(line) for line in short.split("\n"))
 
 
 @contextlib.contextmanager

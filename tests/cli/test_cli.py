@@ -232,7 +232,7 @@ def test_text_from_files_cannot_control_the_terminal(tmp_path: Path) -> None:
     text = invoke("inspect", tmp_path / "a").stdout
     assert "x\\x1b[2J\\ud800[bold]" in text
     assert "\x1b" not in text
-    assert printable("tab\tline\nü") == "tab\\tline\nü"
+    assert printable("tab\tline\nü") == "tab\\tline\\nü"
 
 
 def test_json_has_no_numbers_that_json_lacks(capsys: pytest.CaptureFixture[str]) -> None:

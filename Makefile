@@ -7,12 +7,13 @@ ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test style quality bench gpu wheel clean
+.PHONY: help demo test style quality fuzz bench gpu wheel clean
 
 help:
 	@echo 'make demo      train, export, run and verify adapters on a real model (a few minutes)'
 	@echo 'make test      run the tests; ARGS="--slow -k merge" passes options to pytest'
 	@echo 'make quality   check style and types; make style repairs what can be repaired'
+	@echo 'make fuzz      fuzz every parser for two minutes; ARGS="adapter -max_total_time=3600" one for an hour'
 	@echo 'make bench     run the benchmarks that take a few minutes and name the longer ones'
 	@echo 'make gpu       run what needs an NVIDIA GPU; every piece whose dependency is missing says so'
 	@echo 'make wheel     build dist/*.whl with the native parts inside; options in .ci/wheel'
@@ -34,6 +35,12 @@ quality: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# atheris is at hand for Linux on x86_64 and for some Pythons only
+fuzz: $(STAMP)
+	@$(BIN)/python -m pip install --quiet -c constraints.txt --only-binary :all: 'atheris>=2.3' \
+	|| { echo 'fuzz: SKIPPED, atheris cannot be installed here'; exit 0; } \
+	&& $(BIN)/python tests/fuzz/fuzz.py $(ARGS)
 
 QUICK_BENCHMARKS := benchmarks/operator_cpu.py benchmarks/function_body.py benchmarks/training.py
 bench: $(STAMP)

@@ -55,4 +55,9 @@ def extent_of(indices: np.ndarray[Any, Any]) -> tuple[int, int]:
 
 def natural_order(modules: Iterable[str]) -> list[str]:
     """Module paths sorted by their parts, numbers by value."""
-    return sorted(modules, key=lambda path: [(p.isdigit(), int(p) if p.isdigit() else 0, p) for p in path.split(".")])
+    return sorted(modules, key=lambda path: [_part(part) for part in path.split(".")])
+
+
+def _part(text: str) -> tuple[bool, int, str]:
+    number = text.isascii() and text.isdecimal() and len(text) < 20  # `int` refuses other digits and very long numbers
+    return number, int(text) if number else 0, text

@@ -49,7 +49,7 @@ class TrainingProbe:
     shapes: Mapping[str, tuple[int, ...]]
 
     def __post_init__(self) -> None:
-        if self.dtype not in TOLERANCES:
+        if not isinstance(self.dtype, str) or self.dtype not in TOLERANCES:
             raise AdapterFormatError(f"the training probe has dtype {self.dtype!r}, not one of {[*TOLERANCES]}")
         if not self.inputs or not self.outputs or self.outputs.keys() != self.shapes.keys():
             raise AdapterFormatError("the training probe lacks inputs, outputs or shapes; save the adapter again")
@@ -138,9 +138,9 @@ def parse_record(raw: object, tensors: Mapping[str, Array] | None) -> TrainingRe
         raise AdapterFormatError(f"trained_on: fresh_parameters must be a list of names or null, got {fresh!r}")
     if labels is not None:
         keys = [str(i) for i in range(len(labels))] if isinstance(labels, dict) else None
-        if not labels or sorted(labels, key=str) != sorted(keys or []) or not all(map(_is_text, labels.values())):
+        if not keys or sorted(labels) != sorted(keys) or not all(map(_is_text, labels.values())):
             raise AdapterFormatError('trained_on: id2label must map "0", "1", ... to names, or be null')
-        labels = tuple(labels[key] for key in keys or [])
+        labels = tuple(labels[key] for key in keys)
     config = raw.get("model_config")
     if config is not None and not (isinstance(config, dict) and _is_shallow(config, 8)):
         raise AdapterFormatError("trained_on: model_config must be the object that transformers writes, or null")

@@ -86,11 +86,14 @@ class Probe:
                 cases.append(Case(str(raw["name"]), rows, below(f"output.{number}.")))
             shapes = {name: tuple(map(int, shape)) for name, shape in below("shape.").items()}
             probe = cls(below("input."), tuple(cases), below("index."), shapes)
+            if empty := [name for name, array in probe.inputs.items() if not array.size]:
+                raise ValueError(f"input {empty[0]!r} is empty")
+            for name, index in probe.indices.items():
+                if index.dtype != np.int64 or index.min() < 0 or index.max() >= math.prod(shapes[name]):
+                    raise ValueError(f"the index of output {name!r} does not fit its shape")
             for case in cases:
                 for name, array in case.outputs.items():
-                    index = probe.indices[name]
-                    inside = index.min() >= 0 and index.max() < math.prod(shapes[name])
-                    if index.dtype != np.int64 or array.shape != index.shape or not inside:
+                    if array.shape != probe.indices[name].shape:
                         raise ValueError(f"output {name!r} of case {case.name!r} does not fit its index")
         except (KeyError, ValueError, TypeError, RecursionError) as error:
             raise AdapterFormatError(f"{path} is damaged ({error}); export the bundle again") from error

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -66,30 +67,26 @@ def encode_text(bundle: Bundle, texts: Sequence[str], pairs: Sequence[str] | Non
     for text in [*texts, *(pairs or ())]:
         if any(0xD800 <= ord(c) <= 0xDFFF for c in text):
             raise ConfigError(f"the text {text!r} holds bytes that are no UTF-8; give it in UTF-8")
-    try:
-        tokenizer = Tokenizer.from_buffer(data)
-    except Exception as error:  # tokenizers raises nothing more specific
-        raise AdapterFormatError(f"{file} cannot be read ({error}); export the bundle again") from error
     settings = _read_json(bundle.path / "tokenizer_config.json")
     limit = settings.get("model_max_length")
-    if bundle.pooling:
-        texts = _prepare_sentences(bundle, tokenizer, texts, settings)
-    elif tokenizer.truncation is None:
-        if not isinstance(limit, int) or not 0 < limit < _LARGEST_LENGTH:
-            limit = _read_json(bundle.path / "config.json").get("max_position_embeddings")
-        if bundle.max_tokens is not None:
-            limit = min(limit, bundle.max_tokens) if isinstance(limit, int) and limit > 0 else bundle.max_tokens
-        if isinstance(limit, int) and limit > 0:
-            tokenizer.enable_truncation(limit)
+    if not isinstance(limit, int) or not 0 < limit < _LARGEST_LENGTH:
+        limit = _read_json(bundle.path / "config.json").get("max_position_embeddings")
+    if bundle.max_tokens is not None:
+        limit = min(limit, bundle.max_tokens) if isinstance(limit, int) and limit > 0 else bundle.max_tokens
     token = settings.get("pad_token")
     token = token.get("content") if isinstance(token, dict) else token
-    tokenizer.enable_padding(
-        direction="left" if settings.get("padding_side") == "left" else "right",
-        pad_id=(tokenizer.token_to_id(token) if isinstance(token, str) else None) or 0,
-        pad_token=token if isinstance(token, str) else "",
-    )
-    rows = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
-    encoded = tokenizer.encode_batch(rows)
+    with _tokenizing(file):
+        tokenizer = Tokenizer.from_buffer(data)
+        if bundle.pooling:
+            texts = _prepare_sentences(bundle, tokenizer, texts, settings)
+        elif tokenizer.truncation is None and isinstance(limit, int) and limit > 0:
+            tokenizer.enable_truncation(limit)
+        tokenizer.enable_padding(
+            direction="left" if settings.get("padding_side") == "left" else "right",
+            pad_id=(tokenizer.token_to_id(token) if isinstance(token, str) else None) or 0,
+            pad_token=token if isinstance(token, str) else "",
+        )
+        encoded = tokenizer.encode_batch(list(texts) if pairs is None else list(zip(texts, pairs, strict=True)))
     cut = [i for i, e in enumerate(encoded) if e.overflowing]
     if cut:
         warnings.warn(
@@ -158,6 +155,18 @@ def cosines(outputs: Mapping[str, Array]) -> tuple[Array, Array] | None:
     norms: Array = np.linalg.norm(wide, axis=1)
     unit = wide / np.maximum(norms, np.finfo(np.float64).tiny)[:, None]
     return norms, unit @ unit.T
+
+
+@contextlib.contextmanager
+def _tokenizing(file: Path) -> Iterator[None]:
+    """Whatever tokenizers raises on a damaged `file` becomes an `AdapterFormatError`."""
+    try:
+        yield
+    except BaseException as error:
+        # nothing more specific than Exception, and where its code panics something that is none
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise AdapterFormatError(f"{file} cannot be read ({error}); export the bundle again") from error
 
 
 def top_labels(

@@ -191,3 +191,18 @@ def test_an_adapter_of_another_request_is_untouched_by_requests_that_fail(tmp_pa
             model.run(inputs, "a")
     after = model.run(good, "a")
     assert all((after[name] == before[name]).all() for name in before)
+
+
+def test_an_adapter_cannot_name_a_class_to_import(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sdct_export import export_merged
+    from sdct_export.adapter.training import TrainingRecord
+    from sdct_export.errors import ConfigError
+
+    (tmp_path / "evil_model.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    adapter = random_adapter({"encoder.layer.0.attention.self.query": (12, 12)}, 3)
+    dataclasses.replace(adapter, trained_on=TrainingRecord("evil_model:Model")).save(tmp_path / "a")
+    with pytest.raises(ConfigError, match="class of your own"):
+        export_merged(base, tmp_path / "a", tmp_path / "out")
+    assert not (tmp_path / "marker").exists()
+    assert not (tmp_path / "out").exists()

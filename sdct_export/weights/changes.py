@@ -278,7 +278,8 @@ def _merged_by_peft(
             "to this version; it cannot be projected"
         )
     longest = max((n for array in tensors.values() for n in array.shape), default=0)
-    patterns = raw["rank_pattern"].values() if isinstance(raw.get("rank_pattern"), dict) else ()
+    patterns = read_json(folder / "adapter_config.json", AdapterFormatError).get("rank_pattern")
+    patterns = patterns.values() if isinstance(patterns, dict) else ()
     for rank in (raw.get("r"), raw.get("init_r"), *patterns):
         if isinstance(rank, int) and rank > longest:  # PEFT would first make matrices of that rank
             raise AdapterFormatError(

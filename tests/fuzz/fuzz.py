@@ -18,6 +18,7 @@ import re
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def fuzz(name: str, options: list[str]) -> None:
 
     _leave_plain_imports()
     with atheris.instrument_imports(include=["sdct_export"]):
-        from targets import TARGETS, folder
+        from targets import TARGETS
     corpus = OUT / name
     corpus.mkdir(parents=True, exist_ok=True)
     target = planted if name == PLANTED else TARGETS[name]
@@ -140,12 +141,7 @@ def fuzz(name: str, options: list[str]) -> None:
     flags = [option for option in options if option.startswith("-")]
     prefix = f"-artifact_prefix={OUT}/{name}-"
     atheris.Setup([sys.argv[0], *LIMITS, prefix, *flags, *(given or [str(corpus)])], one, custom_mutator=mutator)
-    try:
-        atheris.Fuzz()
-    finally:
-        import shutil
-
-        shutil.rmtree(folder(), ignore_errors=True)
+    atheris.Fuzz()
 
 
 def _leave_plain_imports() -> None:
@@ -204,4 +200,10 @@ if __name__ == "__main__":
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
         fuzz(sys.argv[1], sys.argv[2:])
     else:
-        sys.exit(1 if all_targets() else 0)
+        memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+        with tempfile.TemporaryDirectory(
+            prefix="sdct-fuzz-", dir=memory
+        ) as place:  # libFuzzer's exit cleans up nothing
+            os.environ["TMPDIR"] = place
+            failed = all_targets()
+        sys.exit(1 if failed else 0)

@@ -69,7 +69,7 @@ class Target:
 
 @functools.cache
 def _kept() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="sdct-fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+    return tempfile.TemporaryDirectory(prefix="sdct-fuzz-")
 
 
 def folder() -> Path:

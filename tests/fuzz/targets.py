@@ -335,3 +335,18 @@ def _json(path: Path) -> Any:
 
 def void(_: object) -> None:
     """For expressions."""
+
+
+def planted(files: Files) -> None:
+    """A parser that breaks on a field that is a list of a negative number: several steps, each of which is seen."""
+    try:
+        raw = json.loads(files[0])
+    except (ValueError, RecursionError, IndexError):
+        return
+    for value in raw.values() if isinstance(raw, dict) else ():
+        if not isinstance(value, list):
+            continue
+        if not value:
+            continue
+        if isinstance(value[0], int) and value[0] < 0:
+            raise ValueError("planted")

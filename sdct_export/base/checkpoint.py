@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .. import files
 from ..errors import BaseMismatchError, SdctError, UnsupportedError
-from .model import class_for, loading_error, named_class
+from .model import class_for, load_base, loading_error, named_class
 from .sentence import body_folder
 
 CONFIG_FILE = "config.json"
@@ -288,6 +288,25 @@ def structure_for(
                 "the base model the adapter was trained on"
             )
     return structure
+
+
+def load_sized(
+    path: str | Path,
+    task_type: str | None,
+    saved: Mapping[str, tuple[int, ...]],
+    *,
+    dtype: torch.dtype | str = "auto",
+    model_class: str | None = None,
+) -> nn.Module:
+    """`load_base` with a head as large as the one of an adapter that saves parameters of the shapes in `saved`.
+
+    Raises:
+        BaseMismatchError: as `structure_for` and `load_base`.
+    """
+    structure = structure_for(Checkpoint(path), task_type, saved, model_class)
+    labels = structure.config.num_labels if structure.resized else None
+    names = {structure.resolve(name) for name in saved}
+    return load_base(path, task_type, dtype=dtype, num_labels=labels, model_class=model_class, saved=names)
 
 
 def tied_parameters(model: nn.Module) -> list[list[str]]:

@@ -41,7 +41,8 @@ def project(
 ) -> None:
     """Turn a LoRA or a tuned checkpoint into an sDCT adapter.
 
-    Keeps the largest coefficients of each weight change and reports how much of it they hold.
+    Keeps the largest coefficients of each weight change and reports how much of it they hold; a warning says where
+    that is too little to do what the change did.
     """
     if (lora is None) == (tuned is None):
         raise click.UsageError("give either --lora or --tuned")
@@ -62,8 +63,10 @@ def project(
     if as_json:
         import dataclasses
 
-        print_json({"output": str(output), "n_parameters": adapter.n_parameters} | dataclasses.asdict(report))
+        figures = dataclasses.asdict(report) | {"enough": report.enough}
+        print_json({"output": str(output), "n_parameters": adapter.n_parameters} | figures)
         return
+    worst = report.worst
     rows = [
         (name, f"{m.shape[0]} x {m.shape[1]}", m.n, f"{m.retained_energy:.1%}", f"{m.relative_error:.3f}")
         for name, m in report.modules.items()
@@ -73,6 +76,7 @@ def project(
         if names:
             click.echo(printable(f"{title}: {', '.join(names)}"))
     click.echo(
-        f"wrote {printable(str(output))}: {adapter.n_parameters} parameters, "
-        f"energy kept {report.retained_energy:.1%}, relative error {report.relative_error:.3f}"
+        f"wrote {printable(str(output))}: {adapter.n_parameters} parameters, energy kept {report.retained_energy:.1%}"
+        + (f" (least: {printable(worst)}, {report.modules[worst].retained_energy:.1%})" if worst else "")
+        + f", relative error {report.relative_error:.3f}"
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +29,7 @@ from ..spectral.selection import select
 from .changes import Change, from_peft, from_tuned, read_weight, weight_spectrum
 
 SEARCHED = 4 << 20  # coefficients searched at a time for the largest
+ENOUGH = 0.9  # share of the energy below which a projection is warned of; docs/training.md has the figures behind it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,7 @@ class ProjectionReport:
             outside `target_modules`.
         retained_energy: over all modules together.
         relative_error: over all modules together.
+        worst: the module that keeps the smallest part of its energy, None where no linear module changed.
     """
 
     modules: Mapping[str, ModuleReport]
@@ -67,6 +70,12 @@ class ProjectionReport:
     ignored: tuple[str, ...]
     retained_energy: float
     relative_error: float
+    worst: str | None
+
+    @property
+    def enough(self) -> bool:
+        """Whether the adapter keeps so much of the change that it can be expected to do what the change did."""
+        return not self.modules or self.retained_energy >= ENOUGH
 
 
 class Projection(NamedTuple):
@@ -120,7 +129,8 @@ def project(
         progress: show a bar on stderr; None shows it on a terminal only.
 
     Returns:
-        The adapter, with `scaling` 1, and the report.
+        The adapter, with `scaling` 1, and the report. Where it keeps less than 90 % of the energy a warning says so: a
+        LoRA is spread over all frequencies, and training the coefficients (`sdct_export.distill`) needs far fewer.
 
     Raises:
         ConfigError: a setting has a value that cannot work, or no targeted weight changed.
@@ -190,7 +200,16 @@ def project(
         ignored=tuple(sorted([*change.ignored, *outside])),
         retained_energy=sum(r.energy * r.retained_energy for r in reports.values()) / energy,
         relative_error=math.sqrt(sum(r.energy * r.relative_error**2 for r in reports.values()) / energy),
+        worst=min(reports, key=lambda path: reports[path].retained_energy, default=None),
     )
+    if not report.enough:
+        way = "train the coefficients on texts of yours with `sdct-export distill` (sdct_export.distill)"
+        warnings.warn(
+            f"the adapter keeps {report.retained_energy:.1%} of the energy of the change, "
+            f"{reports[str(report.worst)].retained_energy:.1%} in {report.worst!r}: do not expect it to do what "
+            f"{lora or tuned} does; " + (way if lora is not None else "raise n_coefficients (--n)"),
+            stacklevel=2,
+        )
     return Projection(SdctAdapter(config, modules, change.saved, *hashed), report)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from sdct_export.cli import main
 from sdct_export.cli.output import Main, print_json, print_table, printable
 from sdct_export.runtime import MultiAdapterModel
 
-COMMANDS = ("project", "inspect", "verify", "build", "run", "doctor")
+COMMANDS = ("project", "combine", "inspect", "verify", "build", "run", "doctor")
 
 
 def invoke(*args: object, code: int = 0) -> Result:
@@ -486,6 +487,12 @@ def test_project_a_merged_checkpoint_gives_the_adapter_back(project_folder: Path
     want = first.delta_weight(module)
     assert torch.allclose(again.delta_weight(module), want, atol=1e-3 * float(want.abs().max()))
     assert np.array_equal(again.saved["classifier.weight"], first.saved["classifier.weight"])
+    assert result["enough"] is True
+    few = invoke("project", "--model", base, "--n", 4, *options[:-1], tmp_path / "few")
+    worst = re.search(r"energy kept (\S+) \(least: (\S+), (\S+)\)", few.stdout)
+    assert worst is not None
+    assert few.stderr.startswith(f"warning: the adapter keeps {worst[1]} of the energy of the change, {worst[3]} in ")
+    assert "raise n_coefficients (--n)" in few.stderr  # a tuned checkpoint cannot be distilled
     assert "exists already" in fails("project", "--model", base, *options)
     for wrong in ([], ["--lora", legal, "--tuned", base]):
         assert "either --lora or --tuned" in misused("project", "--model", base, *wrong, "--output", tmp_path / "x")

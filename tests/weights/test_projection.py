@@ -193,6 +193,21 @@ def test_the_largest_coefficients_and_the_report(dtype: str, bert: Path, tmp_pat
     assert report.relative_error == pytest.approx(np.sqrt(error / energy), rel=1e-5)
 
 
+@pytest.mark.parametrize("n", [1296, 40])
+def test_a_projection_that_keeps_little_says_so(n: int, bert: Path, tmp_path: Path) -> None:
+    folder, _, _ = tune(bert, "SEQ_CLS", LORA["plain"](), tmp_path / "peft")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        _, report = project(bert, lora=folder, n_coefficients=n)
+    said = [str(w.message) for w in seen if "energy of the change" in str(w.message)]
+    assert report.worst == min(report.modules, key=lambda path: report.modules[path].retained_energy)
+    assert report.enough == (n == 1296) == (not said)
+    for message in said:
+        assert f"{report.retained_energy:.1%} of the energy" in message
+        assert f"{report.modules[report.worst].retained_energy:.1%} in {report.worst!r}" in message
+        assert "sdct-export distill" in message
+
+
 def test_a_total_budget_keeps_the_largest_of_all(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sdct_export.weights.projection.SEARCHED", 100)  # many bands in each of these small matrices
     folder, _, changes = tune(bert, "SEQ_CLS", LORA["rslora"](), tmp_path / "peft")

@@ -5,6 +5,7 @@ from .export import export_merged as export_merged
 from .export import export_multi as export_multi
 from .tuning import SdctModel as SdctModel
 from .tuning import combine as combine
+from .tuning import distill as distill
 from .tuning import get_sdct_model as get_sdct_model
 from .weights import merge as merge
 from .weights import merge_checkpoint as merge_checkpoint

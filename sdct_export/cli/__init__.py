@@ -9,6 +9,7 @@ import click
 from .. import __version__
 from .build import build
 from .combine import combine
+from .distill import distill
 from .doctor import doctor
 from .inspect import inspect
 from .output import BasePath, Main, busy, importable_here, print_json, printable
@@ -185,5 +186,5 @@ def _report(result: dict[str, object], as_json: bool) -> None:
     click.echo(f"wrote {printable(str(result['output']))} ({int(str(result['bytes'])) / 1e6:.1f} MB{detail})")
 
 
-for _command in (project, combine, inspect, verify, build, run, doctor):
+for _command in (project, distill, combine, inspect, verify, build, run, doctor):
     main.add_command(_command)

@@ -93,8 +93,16 @@ class Change:
     ignored: list[str]
 
 
-def from_peft(base: Checkpoint, folder: Path) -> Change:
+def from_peft(
+    base: Checkpoint, folder: Path, *, task_type: str | None = None, model_class: str | None = None
+) -> Change:
     """The change a PEFT adapter makes to `base`. Parameters of its `modules_to_save` are saved.
+
+    Args:
+        base: the base's checkpoint.
+        folder: of the PEFT adapter.
+        task_type: in place of the one that the adapter names.
+        model_class: `MODULE:CLASS` of the base, in place of the task's.
 
     Raises:
         AdapterFormatError: the folder is no PEFT adapter, or damaged.
@@ -102,7 +110,7 @@ def from_peft(base: Checkpoint, folder: Path) -> Change:
         UnsupportedError: it changes something other than linear weights, which is named, or PEFT cannot merge it.
     """
     raw = _read_peft_config(folder)
-    task = raw["task_type"] if raw.get("task_type") in TASK_TYPES else _task_of(raw["auto_mapping"])
+    task = task_type or (raw["task_type"] if raw.get("task_type") in TASK_TYPES else _task_of(raw["auto_mapping"]))
     if not (folder / "adapter_model.safetensors").is_file() and (folder / "adapter_model.bin").is_file():
         raise UnsupportedError(
             f"{folder} stores its weights as adapter_model.bin; load it with PEFT and save it again as safetensors"
@@ -114,7 +122,7 @@ def from_peft(base: Checkpoint, folder: Path) -> Change:
         for name, array in tensors.items()
         if any(f".{module}." in f".{name}" for module in raw["modules_to_save"]) and ".lora_" not in name
     }
-    structure = structure_for(base, task, {name: array.shape for name, array in saved.items()})
+    structure = structure_for(base, task, {name: array.shape for name, array in saved.items()}, model_class)
     rest = {name: array for name, array in tensors.items() if name not in saved}
     saved = {structure.resolve(name): array for name, array in saved.items()}
     unknown = sorted(set(saved) - set(structure.model.state_dict()))
@@ -127,7 +135,7 @@ def from_peft(base: Checkpoint, folder: Path) -> Change:
     if plain and not any(raw[key] for key in set(raw) - _PLAIN_LORA):
         shapes, spectrum, ignored = _lora(folder, raw, rest, structure)
     else:
-        shapes, spectrum, ignored = _merged_by_peft(base, folder, raw, rest, task, structure)
+        shapes, spectrum, ignored = _merged_by_peft(base, folder, raw, rest, task, structure, model_class)
     return Change(
         structure, task, raw.get("base_model_name_or_path") or str(base.folder), shapes, spectrum, saved, ignored
     )
@@ -270,6 +278,7 @@ def _merged_by_peft(
     tensors: Mapping[str, Array],
     task: str | None,
     structure: Structure,
+    model_class: str | None,
 ) -> _Parts:
     """The difference that merging makes to each adapted layer, by PEFT itself on the base in float32."""
     if raw["peft_type"] not in _MERGED_BY_PEFT:
@@ -296,7 +305,7 @@ def _merged_by_peft(
     labels = structure.config.num_labels if structure.resized else None
     heads = raw["modules_to_save"]
     saved = {n for n, _ in structure.model.named_parameters() if any(f".{m}." in f".{n}" for m in heads)}
-    model = load_base(base.folder, task, dtype=torch.float32, num_labels=labels, saved=saved)
+    model = load_base(base.folder, task, dtype=torch.float32, num_labels=labels, model_class=model_class, saved=saved)
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")

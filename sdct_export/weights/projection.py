@@ -161,6 +161,35 @@ def project(
         change = from_peft(checkpoint, Path(lora))
     else:
         change = from_tuned(checkpoint, Checkpoint(str(tuned)), settings.saves)
+    projection = project_change(checkpoint, change, settings, total=total, dtype=dtype, progress=progress)
+    report = projection.report
+    if not report.enough:
+        way = "train the coefficients on texts of yours with `sdct-export distill` (sdct_export.distill)"
+        least = report.modules[str(report.worst)].retained_energy
+        warnings.warn(
+            f"the adapter keeps {report.retained_energy:.1%} of the energy of the change, "
+            f"{least:.1%} in {report.worst!r}: do not expect it to do what "
+            f"{lora or tuned} does; " + (way if lora is not None else "raise n_coefficients (--n)"),
+            stacklevel=2,
+        )
+    return projection
+
+
+def project_change(
+    checkpoint: Checkpoint,
+    change: Change,
+    settings: SdctConfig,
+    *,
+    total: int | None = None,
+    dtype: str = "float32",
+    progress: bool | None = None,
+) -> Projection:
+    """The adapter that keeps the coefficients of `change` which `settings` choose; `project` has the arguments.
+
+    Raises:
+        ConfigError: no targeted weight changed, or a value is beyond the range of `dtype`.
+        BaseMismatchError: a change is not finite.
+    """
     stored = {name.removesuffix(".weight") for name in change.saved}
     targets = [path for path in change.shapes if path not in stored and settings.matches(path)]
     others = [path for path in change.shapes if path not in stored and path not in targets]
@@ -169,9 +198,7 @@ def project(
         kept = _per_matrix(spectra, checkpoint, change, settings) if total is None else _of_all(spectra, total)
         outside = [f"{path}.weight" for path, _, _ in _spectra(change, others, advance)]
     if not kept and not change.saved:
-        raise ConfigError(
-            f"no targeted linear weight of {base} changes by {lora or tuned}; there is nothing to project"
-        )
+        raise ConfigError(f"no targeted linear weight of {checkpoint.folder} changes; there is nothing to project")
 
     modules = {}
     reports = {}
@@ -187,7 +214,9 @@ def project(
     config = dataclasses.replace(
         settings,
         target_modules=list(modules) or parents,
-        n_coefficients=n_coefficients if total is None else max((k.flat.size for k in kept.values()), default=1),
+        n_coefficients=settings.n_coefficients
+        if total is None
+        else max((k.flat.size for k in kept.values()), default=1),
         modules_to_save=parents or None,
         task_type=change.task_type,
         base_model_name_or_path=change.origin,
@@ -202,14 +231,6 @@ def project(
         relative_error=math.sqrt(sum(r.energy * r.relative_error**2 for r in reports.values()) / energy),
         worst=min(reports, key=lambda path: reports[path].retained_energy, default=None),
     )
-    if not report.enough:
-        way = "train the coefficients on texts of yours with `sdct-export distill` (sdct_export.distill)"
-        warnings.warn(
-            f"the adapter keeps {report.retained_energy:.1%} of the energy of the change, "
-            f"{reports[str(report.worst)].retained_energy:.1%} in {report.worst!r}: do not expect it to do what "
-            f"{lora or tuned} does; " + (way if lora is not None else "raise n_coefficients (--n)"),
-            stacklevel=2,
-        )
     return Projection(SdctAdapter(config, modules, change.saved, *hashed), report)
 
 

@@ -29,7 +29,7 @@ from sdct_export.cli import main
 from sdct_export.cli.output import Main, print_json, print_table, printable
 from sdct_export.runtime import MultiAdapterModel
 
-COMMANDS = ("project", "combine", "inspect", "verify", "build", "run", "doctor")
+COMMANDS = ("project", "distill", "combine", "inspect", "verify", "build", "run", "doctor")
 
 
 def invoke(*args: object, code: int = 0) -> Result:

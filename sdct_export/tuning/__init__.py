@@ -1,4 +1,4 @@
-"""Training of sDCT adapters: `get_sdct_model` puts them on the linear layers of any torch model.
+"""Training of sDCT adapters: `get_sdct_model` puts them on the linear layers of any torch model; `distill`, `combine`.
 
 `layer` is the mathematics, `inject` finds where it goes, `model` is what a training loop holds.
 """

@@ -2,7 +2,8 @@
 
 The LoRA model, run by PEFT, is the teacher. The coefficients are chosen and first set by what the LoRA's layers do on
 the texts (`weights.fitting`), or by projection where that is nearer, then trained end to end to the teacher's outputs,
-the saved modules (a task head) along with them. Some texts are held back, and tell how far the adapter is from the LoRA model before and after.
+the saved modules (a task head) along with them. Some texts are held back, and tell how far the adapter is from the
+LoRA model before and after.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from ..spectral.selection import select
 from .changes import Change, from_peft, from_tuned, read_weight, weight_spectrum
 
 SEARCHED = 4 << 20  # coefficients searched at a time for the largest
-ENOUGH = 0.9  # share of the energy below which a projection is warned of; docs/training.md has the figures behind it
+ENOUGH = 0.8  # share of the energy below which a projection is warned of; docs/training.md has the figures behind it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ def project(
         progress: show a bar on stderr; None shows it on a terminal only.
 
     Returns:
-        The adapter, with `scaling` 1, and the report. Where it keeps less than 90 % of the energy a warning says so: a
+        The adapter, with `scaling` 1, and the report. Where it keeps less than 80 % of the energy a warning says so: a
         LoRA is spread over all frequencies, and training the coefficients (`sdct_export.distill`) needs far fewer.
 
     Raises:

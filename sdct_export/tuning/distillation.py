@@ -143,13 +143,13 @@ def distill(
     _check(n_coefficients=n_coefficients, epochs=epochs, max_tokens=max_tokens)
     if isinstance(learning_rate, bool) or not math.isfinite(learning_rate) or learning_rate <= 0:
         raise ConfigError(f"learning_rate must be a positive number, got {learning_rate!r}; 1e-2 to 4e-2 is usual")
+    _check_task(task_type, "the task asked for")
     texts = _clean(texts)
     _require_peft()
     checkpoint = Checkpoint(base)
     change = _remembered(from_peft(checkpoint, Path(lora), task_type=task_type, model_class=model_class))
     task = task_type or change.task_type
-    if task is not None and task not in _TASKS:
-        raise UnsupportedError(f"{lora} is for {task}; only models of {', '.join(_TASKS)} learn from texts")
+    _check_task(task, f"the task of {lora}")
     settings = SdctConfig(target_modules=".*", n_coefficients=n_coefficients, selection="top", bands=1, seed=seed)
     projected, kept = project_change(checkpoint, change, settings, progress=progress)
     projected = dataclasses.replace(projected, config=dataclasses.replace(projected.config, task_type=task))
@@ -210,6 +210,11 @@ def _check(**settings: object) -> None:
             raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
+def _check_task(task: str | None, what: str) -> None:
+    if task is not None and task not in _TASKS:
+        raise UnsupportedError(f"{what} is {task}; only models of {', '.join(_TASKS)} can be distilled, on texts")
+
+
 def _clean(texts: Sequence[str] | str | Path) -> list[str]:
     """The texts, of a file its lines; without empty ones and repetitions, which would be in both parts."""
     where = "the texts"
@@ -261,6 +266,8 @@ def _encode(folder: Path, texts: Sequence[str], max_tokens: int) -> list[list[in
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # what some classes make up where there is no file
+            raise ValueError("it knows no words")
         limit = min(max_tokens, tokenizer.model_max_length)
         rows = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
     except Exception as error:  # a folder without a tokenizer makes transformers raise errors of many kinds

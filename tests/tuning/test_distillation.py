@@ -260,7 +260,7 @@ def test_what_does_not_belong_together(bert: Path, gpt2: Path, lora: Path, tmp_p
 
     refused(BaseMismatchError, "GPT2ForTokenClassification", gpt2, lora)
     refused(AdapterFormatError, "no PEFT adapter", bert, bert)
-    refused(UnsupportedError, "is for IMAGE_CLS", bert, lora, task_type="IMAGE_CLS")
+    refused(UnsupportedError, "the task asked for is IMAGE_CLS", bert, lora, task_type="IMAGE_CLS")
     prompt = tmp_path / "prompt"
     peft.get_peft_model(
         load_base(gpt2, "CAUSAL_LM"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)

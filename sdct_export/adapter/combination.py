@@ -20,7 +20,7 @@ from ..errors import BaseMismatchError, ConfigError
 from .adapter import SdctAdapter
 from .config import SdctConfig
 from .entries import Array, SdctEntries
-from .training import TrainingRecord
+from .training import TrainingRecord, config_differences
 
 _T = TypeVar("_T")
 
@@ -224,7 +224,7 @@ def _identity(adapters: Mapping[str, SdctAdapter], same_base: bool) -> tuple[str
 
 
 def _record(adapters: Mapping[str, SdctAdapter]) -> TrainingRecord | None:
-    """Class, fresh parameters and labels, where the adapters agree; no probe, since the combination never ran."""
+    """What the adapters agree on; no probe, since the combination never ran."""
     records = {name: a.trained_on for name, a in adapters.items() if a.trained_on is not None}
     if not records:
         return None
@@ -234,7 +234,15 @@ def _record(adapters: Mapping[str, SdctAdapter]) -> TrainingRecord | None:
     )
     labels = _common("list of labels", {name: record.id2label for name, record in records.items()})
     assert model_class is not None
-    return TrainingRecord(model_class, fresh, labels, None)
+    configs = {name: r.model_config for name, r in records.items() if r.model_config is not None}
+    first = next(iter(configs), "")
+    for name, config in configs.items():
+        for field, (one, other) in config_differences(configs[first], config).items():
+            raise BaseMismatchError(
+                f"{first} and {name} were trained with another {field} in the model's configuration ({one!r} and "
+                f"{other!r}); combine adapters of one model"
+            )
+    return TrainingRecord(model_class, fresh, labels, None, configs.get(first))
 
 
 def _common(what: str, values: Mapping[str, _T | None]) -> _T | None:

@@ -200,6 +200,12 @@ def test_the_record_keeps_class_and_labels_and_has_no_probe_without_a_base() -> 
     record = dataclasses.replace(one.trained_on, model_class="transformers:Other")
     with pytest.raises(BaseMismatchError, match="another model class"):
         combine([other, replaced(one, trained_on=record)])
+    assert one.trained_on.model_config is not None
+    record = dataclasses.replace(
+        one.trained_on, model_config=dict(one.trained_on.model_config) | {"num_attention_heads": 2}
+    )
+    with pytest.raises(BaseMismatchError, match="another num_attention_heads"):
+        combine([other, replaced(one, trained_on=record)])
 
 
 def test_on_a_base_the_combination_is_recorded_and_exports(tmp_path: Path) -> None:

@@ -157,6 +157,7 @@ def export_multi(
     sources = _named(model, adapters)
     if not sources:
         raise ConfigError("a multi-adapter export needs at least one adapter, to know which modules to prepare")
+    hashes = {name: _hash(source) for name, source in sources.items()}
     named = {check_adapter_name(name): _load(adapter) for name, adapter in sources.items()}
     base = _prepare(model, named, task_type, model_class)
     heads = _heads(base.model, named)
@@ -169,7 +170,7 @@ def export_multi(
         insertion = InsertAdapters(base.shapes, capacity, heads)
         insertion(graph)
         label_head = _label_head(base.model, named)
-        records = {name: _ship(folder, name, sources[name], a, label_head) for name, a in named.items()}
+        records = {name: _ship(folder, name, sources[name], hashes[name], a, label_head) for name, a in named.items()}
         _write(folder, "multi", base, exported, graph, own_inputs, insertion.groups, insertion.heads, records)
         _record(base.model.float(), named, folder)  # in place: the graph shared these weights
         described = Bundle.load(folder)
@@ -342,16 +343,29 @@ def _export_dtype(base: _Base, dtype: str | None) -> str:
     return chosen
 
 
-def _ship(folder: Path, name: str, source: AdapterLike, adapter: SdctAdapter, head: str | None) -> AdapterRecord:
+def _hash(source: AdapterLike) -> str | None:
+    """`adapter_sha256` of a folder that an adapter is read from, None where it is none of its own."""
+    if isinstance(source, SdctAdapter) or not all(
+        (Path(source) / file).exists() for file in (CONFIG_FILE, WEIGHTS_FILE)
+    ):
+        return None
+    return adapter_sha256(Path(source))
+
+
+def _ship(
+    folder: Path, name: str, source: AdapterLike, sha256: str | None, adapter: SdctAdapter, head: str | None
+) -> AdapterRecord:
     """Copy an adapter's files byte for byte, or save one that lives in memory or in a checkpoint."""
     target = folder / ADAPTERS_FOLDER / name
-    if isinstance(source, SdctAdapter) or not (Path(source) / CONFIG_FILE).exists():
+    if isinstance(source, SdctAdapter) or sha256 is None:
         adapter.save(target)
-    else:
-        target.mkdir(parents=True)
-        for file in (CONFIG_FILE, WEIGHTS_FILE, *([TRAINING_FILE] if (Path(source) / TRAINING_FILE).exists() else [])):
-            shutil.copyfile(Path(source) / file, target / file)
-    return AdapterRecord(adapter_sha256(target), _labels(adapter, head))
+        return AdapterRecord(adapter_sha256(target), _labels(adapter, head))
+    target.mkdir(parents=True)
+    for file in (CONFIG_FILE, WEIGHTS_FILE, *([TRAINING_FILE] if (Path(source) / TRAINING_FILE).exists() else [])):
+        shutil.copyfile(Path(source) / file, target / file)
+    if adapter_sha256(target) != sha256:  # what was checked and recorded is not what would be served
+        raise AdapterFormatError(f"{source} changed while it was exported; export again")
+    return AdapterRecord(sha256, _labels(adapter, head))
 
 
 def _record(model: nn.Module, named: Mapping[str, SdctAdapter], folder: Path) -> None:

@@ -25,7 +25,7 @@ from sdct_export.adapter.entries import Array, SdctEntries
 from sdct_export.base.reference import run_rows, sample_inputs
 from sdct_export.bundle.description import Bundle, file_sha256
 from sdct_export.bundle.probe import Probe
-from sdct_export.errors import BaseMismatchError, ConfigError, OutputError, UnsupportedError
+from sdct_export.errors import AdapterFormatError, BaseMismatchError, ConfigError, OutputError, UnsupportedError
 from sdct_export.native import find_library, register_operator
 
 ROWS = [{"a": 1.0}, {}, {"b": 1.0}, {"a": 0.5, "b": 0.5}, {"c": -0.75, "b": 0.5, "a": 0.25}]
@@ -412,6 +412,23 @@ def test_heads_that_do_not_fit_are_refused(small: Any, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base")  # with a trained head of 4 labels
     with pytest.warns(UserWarning, match="has a trained head of another size, which gives way"):
         assert export_multi(tmp_path / "base", {"big": larger}, out).adapters["big"].labels == 5
+
+
+def test_an_adapter_that_changes_under_the_export_is_refused(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, model, adapter = small
+    adapter.save(tmp_path / "a")
+    whole = export_module.trace
+
+    def replaced_meanwhile(base: nn.Module) -> Any:
+        random_adapter(family, model, 7).save(tmp_path / "a", overwrite=True)
+        return whole(base)
+
+    monkeypatch.setattr(export_module, "trace", replaced_meanwhile)
+    with pytest.raises(AdapterFormatError, match="changed while it was exported"):
+        export_multi(model, {"a": tmp_path / "a"}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 class Diverging(nn.Module):

@@ -19,6 +19,7 @@ from . import native
 from .adapter.adapter import SdctAdapter
 from .adapter.folder import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE, write_training
 from .base.model import check_base, find_linear, linear_shape, load_base, model_digests, model_hash, to_numpy
+from .base.model import task_type as task_type_of
 from .base.reference import most_tokens, run_rows, sample_inputs
 from .base.sentence import Tail, add_tail, body_folder, load_tail, refuse_whole, settings_files
 from .base.training import check_record, class_name, class_of, fresh_parameters, model_config, set_padding
@@ -41,7 +42,6 @@ from .errors import AdapterFormatError, BaseMismatchError, ConfigError, Unsuppor
 from .files import check_adapter_name, copy_inside, folder_name, new_folder
 from .graph.insert import InsertAdapters
 from .graph.trace import trace
-from .tuning.inject import task_type as task_type_of
 from .tuning.model import SdctModel
 
 AdapterLike = SdctAdapter | str | Path

@@ -29,6 +29,14 @@ _AUTO_CLASSES = {
     "IMAGE_CLS": "AutoModelForImageClassification",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+_TASK_OF_CLASS = {  # how the name of a class ends
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForImageClassification": "IMAGE_CLS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "Model": "FEATURE_EXTRACTION",
+}
 
 
 def load_base(
@@ -185,6 +193,19 @@ def class_for(config: Any, task_type: str | None) -> Any:
     found = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
     is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     return found if is_model else transformers.AutoModel
+
+
+def task_of_class(name: str) -> str | None:
+    """The task of a class with this name, None where the name does not say."""
+    return next((task for end, task in _TASK_OF_CLASS.items() if name.endswith(end)), None)
+
+
+def task_type(model: nn.Module) -> str | None:
+    """The task of a transformers model, from the name of its class or one it is derived from; None for any other."""
+    if not hasattr(model, "config"):
+        return None
+    names = [cls.__name__ for cls in type(model).__mro__ if cls.__name__ != "PreTrainedModel"]
+    return next(filter(None, map(task_of_class, names)), None)
 
 
 def loading_error(what: str, error: Exception) -> SdctError:

@@ -12,20 +12,11 @@ import torch
 from torch import nn
 
 from ..adapter.config import ALL_LINEAR, SdctConfig
-from ..base.model import checkpoint_vocabulary, linear_shape, linear_weight, model_hash, vocabulary
+from ..base.model import checkpoint_vocabulary, linear_shape, linear_weight, model_hash, task_type, vocabulary
 from ..base.training import unsaved
 from ..errors import ConfigError, UnsupportedError, an
 from ..spectral.selection import select_for_weight
 from .layer import SdctEntry, SdctLayer
-
-_TASKS = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForImageClassification": "IMAGE_CLS",
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "Model": "FEATURE_EXTRACTION",
-}
 
 
 def find_targets(base: nn.Module, config: SdctConfig) -> dict[str, nn.Module]:
@@ -201,14 +192,6 @@ def identity(base: nn.Module, targets: Mapping[str, nn.Module]) -> tuple[str, st
         return None, None
     dtype = str(weights[0].dtype).removeprefix("torch.")
     return model_hash(base, {path: shape_of(module) for path, module in targets.items()}, dtype), dtype
-
-
-def task_type(base: nn.Module) -> str | None:
-    """The task of a transformers model, from the name of its class or one it is derived from; None for any other."""
-    if not hasattr(base, "config"):
-        return None
-    names = [cls.__name__ for cls in type(base).__mro__ if cls.__name__ != "PreTrainedModel"]
-    return next((task for name in names for suffix, task in _TASKS.items() if name.endswith(suffix)), None)
 
 
 def base_name(base: nn.Module) -> str | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..adapter.adapter import SdctAdapter
 from ..adapter.config import SdctConfig
 from ..adapter.entries import DTYPE_NAMES, VALUE_DTYPES, Array, SdctEntries
-from ..base.model import CHILD, check_base, to_numpy, to_torch
+from ..base.model import CHILD, check_base, task_type, to_numpy, to_torch
 from ..base.sentence import refuse_whole
 from ..base.training import check_record, checksums, fresh_parameters, record
 from ..errors import BaseMismatchError, ConfigError, UnknownAdapterError
@@ -32,7 +32,6 @@ from .inject import (
     fresh_entry,
     identity,
     shape_of,
-    task_type,
     with_fresh_heads,
 )
 from .layer import SdctEntry, SdctLayer, add_active

@@ -23,7 +23,7 @@ from ..adapter.config import PEFT_TYPE, TASK_TYPES
 from ..adapter.entries import Array
 from ..adapter.folder import read_safetensors
 from ..base.checkpoint import CONFIG_FILE, FLOATS, Checkpoint, Structure, read_json, structure_for, tied_parameters
-from ..base.model import find_linear, is_conv1d, linear_shape, linear_weight, load_base, to_numpy
+from ..base.model import find_linear, is_conv1d, linear_shape, linear_weight, load_base, task_of_class, to_numpy
 from ..errors import AdapterFormatError, BaseMismatchError, UnsupportedError
 from ..spectral.transform import dct
 
@@ -60,14 +60,6 @@ _NOT_LINEAR = (
     "trainable_token_indices",
     "target_parameters",
 )
-_TASK_OF_CLASS = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForImageClassification": "IMAGE_CLS",
-    "Model": "FEATURE_EXTRACTION",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +102,9 @@ def from_peft(
         UnsupportedError: it changes something other than linear weights, which is named, or PEFT cannot merge it.
     """
     raw = _read_peft_config(folder)
-    task = task_type or (raw["task_type"] if raw.get("task_type") in TASK_TYPES else _task_of(raw["auto_mapping"]))
+    task = task_type or (
+        raw["task_type"] if raw.get("task_type") in TASK_TYPES else task_of_class(str(raw["auto_mapping"]))
+    )
     if not (folder / "adapter_model.safetensors").is_file() and (folder / "adapter_model.bin").is_file():
         raise UnsupportedError(
             f"{folder} stores its weights as adapter_model.bin; load it with PEFT and save it again as safetensors"
@@ -148,7 +142,7 @@ def from_tuned(base: Checkpoint, tuned: Checkpoint, saves: Callable[[str], bool]
         BaseMismatchError: a checkpoint is damaged, or the two do not belong together.
     """
     names = read_json(tuned.folder / CONFIG_FILE).get("architectures")
-    task = _task_of(names[0]) if isinstance(names, list) and names else None
+    task = task_of_class(str(names[0])) if isinstance(names, list) and names else None
     new = Structure(tuned, task)
     labels = new.config.num_labels if task in ("SEQ_CLS", "TOKEN_CLS", "IMAGE_CLS") else None
     old = Structure(base, task, num_labels=labels)
@@ -425,10 +419,6 @@ def _refuse_slow_patterns(folder: Path) -> None:
                     f"{folder}: {field} holds the pattern {text[:99]!r}, which may take for ever to match; write the "
                     "names of the modules into adapter_config.json instead, as a list"
                 )
-
-
-def _task_of(class_name: object) -> str | None:
-    return next((task for end, task in _TASK_OF_CLASS.items() if str(class_name or "").endswith(end)), None)
 
 
 def _equal(a: Checkpoint, key_a: str, b: Checkpoint, key_b: str) -> bool:

@@ -13,7 +13,7 @@ help:
 	@echo 'make demo      train, export, run and verify adapters on a real model (a few minutes)'
 	@echo 'make test      run the tests; ARGS="--slow -k merge" passes options to pytest'
 	@echo 'make quality   check style and types; make style repairs what can be repaired'
-	@echo 'make fuzz      fuzz every parser for two minutes; ARGS="adapter -max_total_time=3600" one for an hour'
+	@echo 'make fuzz      fuzz every parser on 8,000 inputs; ARGS="adapter -max_total_time=3600" one for an hour'
 	@echo 'make bench     run the benchmarks that take a few minutes and name the longer ones'
 	@echo 'make gpu       run what needs an NVIDIA GPU; every piece whose dependency is missing says so'
 	@echo 'make wheel     build dist/*.whl with the native parts inside; options in .ci/wheel'

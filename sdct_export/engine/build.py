@@ -100,7 +100,13 @@ class EngineManifest:
                 str(name): (_shape(low), _shape(usual), _shape(high))
                 for name, (low, usual, high) in raw.pop("shapes").items()
             }
+            for name, (low, usual, high) in shapes.items():
+                if not len(low) == len(usual) == len(high) or (name.startswith("sdct.") and not high):
+                    raise ValueError(f"the shapes of {name!r} do not belong together")
             manifest = cls(**raw, shapes=shapes)
+            texts = (manifest.model_sha256, manifest.engine_sha256, manifest.tensorrt, manifest.plugin)
+            if not all(isinstance(text, str) for text in texts) or not isinstance(manifest.concurrent, bool):
+                raise ValueError("a field has another type")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise AdapterFormatError(f"{file} is damaged ({error}); build the engine again") from error
         return manifest

@@ -432,11 +432,32 @@ def test_the_command_reports_json(merged: Bundle, monkeypatch: pytest.MonkeyPatc
         assert CliRunner().invoke(main, ["build", str(merged.path), "--batch", bad]).exit_code != 0
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"format_version": 9}'])
+def manifest_json(**changed: object) -> str:
+    fields: dict[str, object] = {"model_sha256": "a", "engine_sha256": "b", "tensorrt": "10.0", "plugin": "none"}
+    fields |= {"format_version": 1, "concurrent": True, "shapes": {"sdct.g.values": [[2, 3], [4, 3], [8, 3]]}}
+    return json.dumps(fields | changed)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"format_version": 9}',
+        manifest_json(shapes={"sdct.g.values": [[], [], []]}),
+        manifest_json(shapes={"x": [[1, 2], [1], [1, 2]]}),
+        manifest_json(tensorrt=1e308),
+        manifest_json(engine_sha256=[]),
+        manifest_json(concurrent=2),
+    ],
+)
 def test_damaged_manifests(tmp_path: Path, damage: str) -> None:
     engine = tmp_path / "x.engine"
     with pytest.raises(AdapterFormatError, match="is missing; build the engine with"):
         EngineManifest.load(engine)
+    manifest_path(engine).write_text(manifest_json())
+    assert EngineManifest.load(engine).max_slots == 8
     manifest_path(engine).write_text(damage)
     with pytest.raises(AdapterFormatError, match=r"is damaged|is not valid JSON|must hold a JSON object"):
         EngineManifest.load(engine)

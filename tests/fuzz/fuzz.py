@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of everything that reads a stranger's input (`targets.py`), with atheris.
 
-    make fuzz                                           every target for a few seconds, as CI does
+    make fuzz                                           every target on a few thousand inputs, as CI does
     make fuzz ARGS="adapter -max_total_time=3600"       one target, with libFuzzer's options
     make fuzz ARGS="adapter build/fuzz/adapter-crash-…" one input again
 
@@ -28,7 +28,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 OUT = Path("build/fuzz")
-SECONDS = 10  # for each target in CI; two run at a time
+# inputs of each target where none is named: always the same ones, so that this fails for a change and not by chance
+RUNS, PLANTED_RUNS, SECONDS = 8_000, 50_000, 60
 AT_ONCE = 2
 LIMITS = ["-timeout=10", "-rss_limit_mb=4096", "-max_len=65536", "-len_control=0", "-seed=1"]
 MEMORY = 1 << 30  # that one input may take
@@ -169,11 +170,13 @@ def all_targets() -> int:
                 sys.executable,
                 __file__,
                 name,
-                f"-max_total_time={60 if name == PLANTED else SECONDS}",
+                f"-runs={PLANTED_RUNS if name == PLANTED else RUNS}",
+                f"-max_total_time={SECONDS}",
                 "-print_final_stats=1",
             ]
             with (OUT / f"{name}.log").open("wb") as log:
-                running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+                seeded = os.environ | {"PYTHONHASHSEED": "0"}
+                running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=seeded)
         for name, process in list(running.items()):
             if process.poll() is None:
                 continue

@@ -28,8 +28,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 OUT = Path("build/fuzz")
-# inputs of each target where none is named, from a fixed seed: nearly the same every time, so that this fails for a change
-# and hardly ever by chance
+# inputs of each target where none is named, from a fixed seed: nearly the same every time, so that this fails for a
+# change and hardly ever by chance
 RUNS, PLANTED_RUNS, SECONDS = 8_000, 50_000, 60
 AT_ONCE = 2
 LIMITS = ["-timeout=10", "-rss_limit_mb=4096", "-max_len=65536", "-len_control=0", "-seed=1"]

@@ -1,4 +1,4 @@
-"""The kernels on a GPU against scipy in float64: the cases of kernel_suite.py, and what only a GPU can show."""
+"""The kernels on a GPU, or their PTX on its stand-in, against scipy in float64: kernel_suite.py, and real sizes and streams."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [  # run here on the GPU, by the fixture `engine` below
     "test_hostile_banks_and_ids_stay_inside",
     "test_random_shapes_types_and_maps",
 ]
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.kernels
 
 
 @pytest.fixture

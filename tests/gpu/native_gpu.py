@@ -51,6 +51,11 @@ def build() -> Path:
     return folder
 
 
+def is_stand_in(folder: Path) -> bool:
+    """Whether a build folder's GPU is a CPU that executes PTX (plugins/tests/ptx)."""
+    return (folder / "libsdct_ptx.so").is_file()
+
+
 def _architecture() -> str:
     """What CMake calls the GPU of this machine, with the instructions that only its generation has."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]

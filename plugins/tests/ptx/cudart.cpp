@@ -21,6 +21,7 @@
 #include <string>
 #include <vector>
 
+#include "instructions.h"
 #include "machine.h"
 
 #define PTX_EXPORT extern "C" __attribute__((visibility("default")))
@@ -461,6 +462,28 @@ PTX_EXPORT cudaError_t cudaEventDestroy(cudaEvent_t event) {
 }
 
 // --- for tests and kernel_counts.py ------------------------------------------------------------------------------------------------------
+
+// Runs the first kernel of a PTX text. What was wrong, or an empty text; valid until the thread's next call.
+PTX_EXPORT const char* sdct_ptx_run(const char* text, uint32_t blocks, uint32_t threads, size_t shared, const void* parameters,
+                                    size_t bytes) {
+  Runtime& r = runtime();
+  const std::lock_guard<std::recursive_mutex> lock(r.mutex);
+  static thread_local std::string failure;
+  failure.clear();
+  try {
+    const Program program(text);
+    const auto* first = static_cast<const char*>(parameters);
+    r.machine.run(program, *program.kernels.at(0), {blocks, 1, 1}, {threads, 1, 1}, {first, first + bytes}, shared, r.checks);
+  } catch (const Fault& fault) {
+    failure = fault.what();
+  }
+  return failure.c_str();
+}
+// "name signature" of every instruction, a line each, as in instructions.h.
+PTX_EXPORT const char* sdct_ptx_instructions() {
+  static const std::string names = list_entries();
+  return names.c_str();
+}
 
 // Starts counting anew; wavefronts and sectors where `costs`.
 PTX_EXPORT void sdct_ptx_reset(int costs) {

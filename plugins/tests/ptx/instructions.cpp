@@ -570,12 +570,22 @@ Table make_table() {
   return t;
 }
 
+const Table& table() {
+  static const auto* made = new Table(make_table());
+  return *made;
+}
+
 }  // namespace
 
 const Entry* find_entry(const std::string& opcode) {
-  static const Table table = make_table();
-  const auto found = table.find(opcode);
-  return found == table.end() ? nullptr : &found->second;
+  const auto found = table().find(opcode);
+  return found == table().end() ? nullptr : &found->second;
+}
+
+std::string list_entries() {
+  std::string names;
+  for (const auto& [name, entry] : table()) names += name + " " + entry.signature + "\n";
+  return names;
 }
 
 }  // namespace ptx

@@ -17,6 +17,7 @@ struct Entry {
 // Names are opcodes without rounding modes that are the only ones (add.rn.f32 is "add.f32"). Where several widths of registers are
 // allowed they follow: "cvt.s64.s32:dw", "ld.u16.v4:w", and "mov.b32:pack" takes {a, b}. Null: unknown.
 const Entry* find_entry(const std::string& opcode);
+std::string list_entries();  // "name signature", a line each
 
 }  // namespace ptx
 

@@ -7,6 +7,7 @@
 #   build/threads    core and operator library under ThreadSanitizer, in many threads, without ONNX Runtime
 #   build/native     the same optimised; the rest of the test suite runs with the operator that .venv's installation built
 #   build/cuda       the GPU kernels, compiled only
+#   build/ptx        the GPU kernels and what launches them, executed on the CPU (ptx/ci.sh)
 #
 # The operator library is built from the project's own declarations. Those are compared with ONNX Runtime's real headers where
 # these can be had: ONNXRUNTIME_INCLUDE_DIR, or the system's, or Debian's libonnxruntime-dev through apt.
@@ -106,3 +107,5 @@ if command -v nvcc >/dev/null; then
 else
   skip "the GPU kernels" "nvcc is missing"
 fi
+
+PYTHON=$PYTHON JOBS=$JOBS plugins/tests/ptx/ci.sh

@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "expected.h"
+
 using nvinfer1::DataType;
 using nvinfer1::Dims;
 using nvinfer1::DynamicPluginTensorDesc;
@@ -453,6 +455,48 @@ void check_running(Plugin* plugin, bool gpu) {
   }
 }
 
+// Where the library is linked against the stand-in for the CUDA runtime (ptx/README.md), its launch code and kernels run, too.
+void check_numbers(Plugin* plugin, void* library) {
+  auto const device_malloc = reinterpret_cast<int (*)(void**, size_t)>(dlsym(library, "cudaMalloc"));
+  auto const device_copy = reinterpret_cast<int (*)(void*, void const*, size_t, int)>(dlsym(library, "cudaMemcpy"));
+  auto const device_free = reinterpret_cast<int (*)(void*)>(dlsym(library, "cudaFree"));
+  if (!device_malloc || !dlsym(library, "sdct_ptx_run")) {
+    return;
+  }
+  expected::Call const call(64, {64, 32}, {7, 3}, 5);
+  Node node;
+  node.in = {{1, 5, 64}, {1, 2}, {1, 2}, {3, 10}, {3, 10, 2}, {1, 5, 64}, {1, 5, 32}};
+  node.out = {{1, 5, 64}, {1, 5, 32}};
+  std::vector<void*> owned;
+  auto const on_device = [&](void const* host, size_t bytes) {
+    void* memory = nullptr;
+    CHECK(device_malloc(&memory, bytes) == 0 && device_copy(memory, host, bytes, 1) == 0);
+    owned.push_back(memory);
+    return memory;
+  };
+  void const* in[7] = {on_device(call.x.data(), call.x.size() * 4),           on_device(call.ids.data(), 8),
+                       on_device(call.scales.data(), 8),                      on_device(call.values.data(), call.values.size() * 4),
+                       on_device(call.indices.data(), call.indices.size() * 4), on_device(call.y[0].data(), call.y[0].size() * 4),
+                       on_device(call.y[1].data(), call.y[1].size() * 4)};
+  std::vector<std::vector<float>> got(call.y);
+  void* out[2] = {on_device(got[0].data(), got[0].size() * 4), on_device(got[1].data(), got[1].size() * 4)};
+  for (bool in_place : {false, true}) {
+    if (in_place) {
+      out[0] = const_cast<void*>(in[5]), out[1] = const_cast<void*>(in[6]);
+    }
+    CHECK(enqueue(plugin, node.descs(), in, out) == 0);
+    for (size_t j = 0; j < 2; ++j) {
+      CHECK(device_copy(got[j].data(), out[j], got[j].size() * 4, 2) == 0);
+      CHECK(call.error(j, got[j]) < 1e-4);
+    }
+  }
+  in[0] = call.x.data();  // memory of the host
+  CHECK_REFUSED(enqueue(plugin, node.descs(), in, out) != 0, "outside of device memory");
+  for (void* memory : owned) {
+    device_free(memory);
+  }
+}
+
 }  // namespace
 
 // What TensorRT exports; the library finds it by name.
@@ -492,6 +536,7 @@ int main(int argc, char** argv) {
   check_shapes(plugin);
   check_interface(creator, plugin, Node());
   check_running(plugin, std::getenv("SDCT_TEST_GPU") != nullptr);
+  check_numbers(plugin, library);
   destroy(plugin);
   std::printf("TensorRT %d.%d: %d checks, %d failed\n", NV_TENSORRT_MAJOR, NV_TENSORRT_MINOR, g_checks, g_failures);
   return g_failures != 0;

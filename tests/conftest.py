@@ -26,7 +26,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     stand_in = Path(os.environ.get("SDCT_GPU_BUILD", os.devnull), "libsdct_ptx.so").is_file()
     missing = {
         "gpu": None if gpu else "no NVIDIA GPU on this machine",
-        "kernels": None if gpu or stand_in else "no NVIDIA GPU here, and SDCT_GPU_BUILD names no build with SDCT_PTX=ON",
+        "kernels": None
+        if gpu or stand_in
+        else "no NVIDIA GPU here, and SDCT_GPU_BUILD names no build with SDCT_PTX=ON",
         "trt": None if importlib.util.find_spec("tensorrt") else "the package tensorrt is not installed",
         "slow": None if config.getoption("--slow") else "slow; pass --slow to run it",
     }

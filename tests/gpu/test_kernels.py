@@ -1,4 +1,4 @@
-"""The kernels on a GPU, or their PTX on its stand-in, against scipy in float64: kernel_suite.py, and real sizes and streams."""
+"""The kernels on a GPU, or their PTX on its stand-in, against scipy: kernel_suite.py, real sizes, graphs, streams."""
 
 from __future__ import annotations
 

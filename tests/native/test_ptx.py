@@ -1,6 +1,6 @@
-"""The stand-in for a GPU (plugins/tests/ptx): its instructions against Python, and that it stops what a kernel must not do.
+"""The stand-in for a GPU (plugins/tests/ptx): its instructions against Python, and what it must stop.
 
-Needs a build with SDCT_PTX=ON (cmake -S . -B build/ptx -DSDCT_PTX=ON); SDCT_PTX_BUILD names another folder than build/ptx.
+Needs a build with SDCT_PTX=ON (cmake -S . -B build/ptx -DSDCT_PTX=ON); SDCT_PTX_BUILD names another folder.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ ret;
 """
 
 
-# --- every instruction ---------------------------------------------------------------------------------------------------------
+# --- every instruction -----------------------------------------------------------------------------------------------
 
 
 def signed(value: int, bits: int) -> int:
@@ -148,7 +148,7 @@ def convert(to: str, of: str, value: int, rounding: str) -> int:
 
 
 def arithmetic(operation: str, kind: str, *values: int) -> int:
-    a, b, c = ([typed(v, kind) for v in values] + [0, 0])[:3]
+    a, b, c = [*(typed(v, kind) for v in values), 0, 0][:3]
     if kind == "f32":
         if operation in ("fma", "mad"):
             double = np.float64(a) * np.float64(b) + np.float64(c)
@@ -196,7 +196,7 @@ def expected(name: str, values: list[int]) -> list[int] | None:
     operation, kind = parts[0], parts[-1]
     if operation in ("shfl", "vote", "activemask", "bar", "ld", "st"):
         return None
-    a, b, c = (values + [0, 0, 0])[:3]
+    a, b, c = [*values, 0, 0, 0][:3]
     if name.endswith(":pack"):
         return [a | b << (16 if kind.startswith("b32") else 32)]
     if name.endswith(":unpack"):
@@ -320,7 +320,7 @@ def test_loads_and_stores_of_every_width(machine: Machine) -> None:
             continue
         count, kind = int(parts[2][1:]) if len(parts) == 3 else 1, parts[1]
         bits = int(kind[1:])
-        if parts[0] == "st" and bits == 8 or bits * count > 128:
+        if (parts[0] == "st" and bits == 8) or bits * count > 128:
             continue  # refused, see below
         names = [f"%{register}{k}" for k in range(count)]
         operand = "{" + ", ".join(names) + "}" if count > 1 else names[0]
@@ -404,7 +404,7 @@ st.global.u32 [%rd2], %w6;
     assert data.view(np.uint32)[::2].tolist() == want
 
 
-# --- what a kernel must not do -------------------------------------------------------------------------------------------------
+# --- what a kernel must not do ---------------------------------------------------------------------------------------
 
 SHARED = ".extern .shared .align 16 .b8 buffer[];"
 ADDRESS = "mov.u32 %w0, buffer; shl.b32 %w1, %r0, 2; add.s32 %w0, %w0, %w1;\n"
@@ -412,43 +412,49 @@ NEIGHBOUR = "xor.b32 %w2, %w1, 128; mov.u32 %w3, buffer; add.s32 %w3, %w3, %w2;\
 TWIN = "xor.b32 %w2, %w1, 4; mov.u32 %w3, buffer; add.s32 %w3, %w3, %w2;\n"  # in the same warp
 
 
-@pytest.mark.parametrize(
-    ("body", "what"),
-    [
-        ("ld.global.u64 %d0, [%rd1+8];", "read of 8 bytes outside of device memory at .* thread 63"),
-        ("st.global.u32 [%rd1+-4], %r0;", "write of 4 bytes outside of device memory at .* thread 0"),
-        ("mov.u64 %d0, 0; ld.global.u32 %w0, [%d0];", "outside of device memory at 0x0"),
-        ("ld.global.u64 %d0, [%rd0+4];", "misaligned access of 8 bytes"),
-        (ADDRESS + "st.shared.u32 [%w0+4], %r0;", "write outside of the block's 256 bytes of shared memory at 0x100"),
-        (ADDRESS + "ld.shared.u32 %w1, [%w0+-4];", "read outside of the block's"),
-        (ADDRESS + "ld.shared.u32 %w1, [%w0];", "shared memory is read before anything wrote it"),
-        (ADDRESS + "st.shared.u32 [%w0], %r0; cvt.u64.u32 %d0, %w0; cvta.shared.u64 %d0, %d0;"
-         "ld.u32 %w4, [%d0]; ld.u32 %w4, [%d0+256];", "read outside of the block's"),
-        (ADDRESS + NEIGHBOUR + "st.shared.u32 [%w0], %r0; ld.shared.u32 %w4, [%w3];", "read before anything"),
-        (ADDRESS + NEIGHBOUR + "st.shared.u32 [%w0], %r0; bar.sync 0; ld.shared.u32 %w4, [%w3]; st.shared.u32 [%w0], %r0;",
-         "race: thread 0 of block 0 wrote what this one reads"),
-        (ADDRESS + NEIGHBOUR + "st.shared.u32 [%w0], %r0; bar.sync 0; setp.lt.u32 %p0, %r0, 32;"
-         "@%p0 ld.shared.u32 %w4, [%w3]; @!%p0 st.shared.u32 [%w0], %r0;", "race: thread 0 of block 0 read what this one writes"),
-        (ADDRESS + TWIN + "st.shared.u32 [%w0], %r0; ld.shared.u32 %w4, [%w3];", "race: thread 1 of block 0 wrote"),
-        (ADDRESS + "mov.u32 %w0, buffer; st.shared.u32 [%w0], %r0;", "race: thread 0 of block 0 wrote what this one writes"),
-        ("st.global.u32 [%rd0], %r0;", "race: thread 0 of block 0 wrote what this one writes"),
-        ("setp.eq.u32 %p0, %r0, 3; @%p0 ret; bar.sync 0;", "barrier: 63 threads wait here and 1 have left"),
-        ("setp.lt.u32 %p0, %r0, 32; @%p0 bra A; bar.sync 0; ret;\nA:\nbar.sync 0;", "barrier: threads wait here and at"),
-        ("setp.lt.u32 %p0, %r0, 16; @%p0 bra A; bar.sync 0; ret;\nA:\nbar.sync 0;", "wait at different barriers"),
-        ("setp.lt.u32 %p0, %r0, 9; @%p0 bra A; shfl.sync.bfly.b32 %w0, %r0, 1, 31, -1;\nA:\n", "are to meet here"),
-        ("mov.u32 %w0, 0; div.u32 %w1, %r0, %w0;", "division by zero"),
-        ("st.global.u8 [%rd1], %h0;", "stores of single bytes"),
-        ("mov.u64 %d0, test_param_0; ld.param.u64 %d1, [%d0+8];", "access beyond the kernel's parameters"),
-        ("sin.approx.f32 %w0, %w1;", "PTX line [0-9]+: instruction sin.approx.f32 is not supported"),
-        ("div.full.f32 %w0, %w1, %w2;", "instruction div.full.f32 is not supported"),
-        ("atom.global.add.u32 %w0, [%rd0], 1;", "instruction atom.global.add.u32 is not supported"),
-        ("mov.u32 %w0, %clock;", "operand %clock is not supported"),
-        ("bar.sync 1, 32;", "only barrier 0"),
-        ("bra NOWHERE;", "no label NOWHERE"),
-        ("add.s32 %w0, %d0, 1;", "another width"),
-        (".local .b32 slow;", ".local is not supported"),
-    ],
-)  # fmt: skip
+WRITE, READ, READ_OTHER = "st.shared.u32 [%w0], %r0;", "ld.shared.u32 %w4, [%w0];", "ld.shared.u32 %w4, [%w3];"
+BARRIER, WARP = "bar.sync 0;", "bar.warp.sync -1;"
+HALF = "setp.lt.u32 %p0, %r0, 32;"  # the first warp
+FAULTS = [
+    ("ld.global.u64 %d0, [%rd1+8];", "read of 8 bytes outside of device memory at .* thread 63"),
+    ("st.global.u32 [%rd1+-4], %r0;", "write of 4 bytes outside of device memory at .* thread 0"),
+    ("mov.u64 %d0, 0; ld.global.u32 %w0, [%d0];", "outside of device memory at 0x0"),
+    ("ld.global.u64 %d0, [%rd0+4];", "misaligned access of 8 bytes"),
+    (ADDRESS + "st.shared.u32 [%w0+4], %r0;", "write outside of the block's 256 bytes of shared memory at 0x100"),
+    (ADDRESS + "ld.shared.u32 %w1, [%w0+-4];", "read outside of the block's"),
+    (ADDRESS + READ, "shared memory is read before anything wrote it"),
+    (
+        ADDRESS + WRITE + "cvt.u64.u32 %d0, %w0; cvta.shared.u64 %d0, %d0; ld.u32 %w4, [%d0]; ld.u32 %w4, [%d0+256];",
+        "read outside of the block's",
+    ),
+    (ADDRESS + NEIGHBOUR + WRITE + READ_OTHER, "read before anything"),
+    (ADDRESS + NEIGHBOUR + WRITE + BARRIER + READ_OTHER + WRITE, "thread 0 of block 0 wrote what this one reads"),
+    (
+        ADDRESS + NEIGHBOUR + WRITE + BARRIER + HALF + "@%p0 " + READ_OTHER + "@!%p0 " + WRITE,
+        "race: thread 0 of block 0 read what this one writes",
+    ),
+    (ADDRESS + TWIN + WRITE + READ_OTHER, "race: thread 1 of block 0 wrote"),
+    (ADDRESS + "mov.u32 %w0, buffer;" + WRITE, "race: thread 0 of block 0 wrote what this one writes"),
+    ("st.global.u32 [%rd0], %r0;", "race: thread 0 of block 0 wrote what this one writes"),
+    ("setp.eq.u32 %p0, %r0, 3; @%p0 ret; bar.sync 0;", "barrier: 63 threads wait here and 1 have left"),
+    (HALF + "@%p0 bra A; bar.sync 0; ret;\nA:\nbar.sync 0;", "barrier: threads wait here and at"),
+    ("setp.lt.u32 %p0, %r0, 16; @%p0 bra A; bar.sync 0; ret;\nA:\nbar.sync 0;", "wait at different barriers"),
+    ("setp.lt.u32 %p0, %r0, 9; @%p0 bra A; shfl.sync.bfly.b32 %w0, %r0, 1, 31, -1;\nA:\n", "are to meet here"),
+    ("mov.u32 %w0, 0; div.u32 %w1, %r0, %w0;", "division by zero"),
+    ("st.global.u8 [%rd1], %h0;", "stores of single bytes"),
+    ("mov.u64 %d0, test_param_0; ld.param.u64 %d1, [%d0+8];", "access beyond the kernel's parameters"),
+    ("sin.approx.f32 %w0, %w1;", "PTX line [0-9]+: instruction sin.approx.f32 is not supported"),
+    ("div.full.f32 %w0, %w1, %w2;", "instruction div.full.f32 is not supported"),
+    ("atom.global.add.u32 %w0, [%rd0], 1;", "instruction atom.global.add.u32 is not supported"),
+    ("mov.u32 %w0, %clock;", "operand %clock is not supported"),
+    ("bar.sync 1, 32;", "only barrier 0"),
+    ("bra NOWHERE;", "no label NOWHERE"),
+    ("add.s32 %w0, %d0, 1;", "another width"),
+    (".local .b32 slow;", ".local is not supported"),
+]
+
+
+@pytest.mark.parametrize(("body", "what"), FAULTS)
 def test_faults_are_named(machine: Machine, body: str, what: str) -> None:
     said = machine.run(kernel(body, SHARED), np.zeros(64, np.uint64), threads=64, shared=256)
     assert re.search(what, said), said
@@ -457,13 +463,13 @@ def test_faults_are_named(machine: Machine, body: str, what: str) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        ADDRESS + NEIGHBOUR + "st.shared.u32 [%w0], %r0; bar.sync 0; ld.shared.u32 %w4, [%w3]; bar.sync 0; st.shared.u32 [%w0], %r0;",
-        ADDRESS + TWIN + "st.shared.u32 [%w0], %r0; bar.warp.sync -1; ld.shared.u32 %w4, [%w3];",
-        ADDRESS + TWIN + "st.shared.u32 [%w0], %r0; bar.warp.sync -1; ld.shared.u32 %w4, [%w3]; bar.warp.sync -1; st.shared.u32 [%w0], %r0;",
-        "add.s32 %w1, %r0, %r0; cvt.u64.u32 %d0, %w1; add.s64 %d0, %d0, %rd0; mov.b16 %h0, 1; st.global.u16 [%d0], %h0;",
+        ADDRESS + NEIGHBOUR + WRITE + BARRIER + READ_OTHER + BARRIER + WRITE,
+        ADDRESS + TWIN + WRITE + WARP + READ_OTHER,
+        ADDRESS + TWIN + WRITE + WARP + READ_OTHER + WARP + WRITE,
+        "mul.wide.u32 %d0, %r0, 2; add.s64 %d0, %d0, %rd0; mov.b16 %h0, 1; st.global.u16 [%d0], %h0;",
         "ld.global.u32 %w0, [%rd0]; ld.global.u32 %w0, [%rd0];",
     ],
-)  # fmt: skip
+)
 def test_what_is_in_order_passes(machine: Machine, body: str) -> None:
     assert machine.run(kernel(body, SHARED), np.zeros(64, np.uint64), threads=64, shared=256) == ""
 
@@ -477,7 +483,7 @@ def test_blocks_race_with_each_other(machine: Machine) -> None:
         assert machine.run(kernel(body), data) == ""
 
 
-# --- deliberate mistakes in the real kernels -----------------------------------------------------------------------------------------
+# --- deliberate mistakes in the real kernels -------------------------------------------------------------------------
 
 OUT_OF_TURN = "race|read before anything wrote"
 MISTAKES = {  # file, what stands there, what shall, what is said

@@ -35,7 +35,7 @@ tests() {
   OMP_NUM_THREADS=1 PYTHONPATH=. SDCT_GPU_BUILD=build/ptx SDCT_PTX_BUILD=build/ptx \
     "$PYTHON" -m pytest -q -p no:cacheprovider -n "$JOBS" "$@"
 }
-tests tests/native/test_ptx.py tests/gpu/test_kernels.py
+tests tests/native/test_ptx.py tests/native/test_kernel_counts.py tests/gpu/test_kernels.py
 for capability in 75 100; do  # the PTX that nvcc makes for others
   SDCT_PTX_CAPABILITY=$capability tests tests/gpu/test_kernels.py -k 'random or groups or design'
 done

@@ -1,4 +1,4 @@
-// The kernel, written once for the GPU and for the CPU.
+// The kernel.
 //
 // Work is a sequence of phases. Within a phase every thread of a block runs the same function of its index and no thread reads
 // what another one writes; between phases stands a barrier. `Block` provides

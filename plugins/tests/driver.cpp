@@ -5,8 +5,8 @@
 //     sdct_driver --gpu         exits 0 where it can run on a GPU
 //
 // CASES: cases one after another, each a header of int64
-//     path (0 emulated kernel, 1 CPU path, 2 GPU), type, rows, blends, slots, tokens, ragged, in_place, d_in, x_stride,
-//     threads, seed, split, projections, then d_out, capacity, y_in_stride, y_out_stride of each projection
+//     path (0 CPU, 1 GPU), type, rows, blends, slots, tokens, ragged, in_place, d_in, x_stride,
+//     threads, projections, then d_out, capacity, y_in_stride, y_out_stride of each projection
 // followed by token_row (where ragged), x, ids, scales, values, indices, y_in_1 ... as raw arrays. Strided arrays have
 // (tokens - 1) * stride + length elements. RESULTS: int64 status of each case, then y_out_1 ..., padding bytes 0xcd.
 #include <cstdint>
@@ -18,7 +18,6 @@
 #include <thread>
 #include <vector>
 
-#include "../core/emulate.h"
 #include "sdct/sdct.h"
 
 #if defined(SDCT_WITH_CUDA)
@@ -135,8 +134,8 @@ int main(int argc, char** argv) {
   std::FILE* cases = std::fopen(argv[1], "rb");
   std::FILE* results = std::fopen(argv[2], "wb");
   if (!cases || !results) fail("cannot open the files");
-  int64_t head[14];
-  while (std::fread(head, sizeof head[0], 14, cases) == 14) {
+  int64_t head[12];
+  while (std::fread(head, sizeof head[0], 12, cases) == 12) {
     Problem p{};
     p.type = DataType(head[1]);
     p.rows = head[2], p.blends = head[3], p.slots = head[4], p.tokens = head[5];
@@ -145,7 +144,7 @@ int main(int argc, char** argv) {
     shape.d_in = int32_t(head[8]);
     p.x_stride = head[9];
     size_t threads = size_t(head[10]);
-    shape.projections = int32_t(head[13]);
+    shape.projections = int32_t(head[11]);
     if (shape.projections < 1 || shape.projections > kMaxProjections) fail("bad number of projections");
     size_t entries = 0;
     for (int32_t j = 0; j < shape.projections; ++j) {
@@ -183,8 +182,6 @@ int main(int argc, char** argv) {
     Plan* plan = nullptr;
     Status status = create_plan(shape, &plan);
     if (status == Status::kOk && head[0] == 0) {
-      status = emulated_run(*plan, p, int32_t(threads), uint32_t(head[11]), head[12] != 0);
-    } else if (status == Status::kOk && head[0] == 1) {
       const Parallel parallel{run_threads, &threads, int32_t(threads)};
       status = cpu_run(*plan, p, threads > 1 ? &parallel : nullptr);
     } else if (status == Status::kOk) {

@@ -95,6 +95,25 @@ def test_lengths_beyond_shared_memory(engine, native, dtype, monkeypatch):
     assert all(check(case, got, tolerance=1e-4 if case.x.shape[1] % 2 else 1e-5) for case, got in results)
 
 
+def test_every_way_of_launching_gives_the_same_bits(engine, native, monkeypatch):
+    """Projections in blocks of their own or together, tokens in turn, in shared and in global memory."""
+    if not is_stand_in(native):
+        pytest.skip("the device's size is that of this GPU")
+    rng = np.random.default_rng(26)
+    cases = []
+    for n in [2048, 768, 4864, 37 * 22, 101, 1]:
+        case = make(rng, DTYPES[0], n, [n, 512], rows=2, tokens_per_row=2, blends=2, capacity=[1100, 90])
+        case.ids[:] = [[1, 2], [3, 3]]
+        cases.append(case)
+    results = []
+    for multiprocessors, shared in [("132", "232448"), ("1", "232448"), ("132", "1024"), ("1", "1024")]:
+        monkeypatch.setenv("SDCT_PTX_SMS", multiprocessors)
+        monkeypatch.setenv("SDCT_PTX_SHARED", shared)
+        results.append([[y.tobytes() for y in outputs] for outputs in engine(cases)])
+    assert all(check(case, outputs) for case, outputs in zip(cases, engine(cases), strict=True))
+    assert results[1:] == results[:1] * 3
+
+
 @pytest.mark.parametrize("n", [*DESIGN_SIZES, 101, 65536])
 def test_graphs_and_streams_give_the_same_bits(gpu: Gpu, n: int) -> None:
     """Captured, and from four threads at once on streams of their own."""

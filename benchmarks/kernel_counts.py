@@ -275,7 +275,8 @@ def main() -> None:
     if options.json:
         date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         about = {"date": date, "nvcc": version_of(options.build), "coefficients": N, "prefill_tokens": PREFILL}
-        options.json.write_text(json.dumps({**about, "cases": found}, indent=1) + "\n")
+        rows = ",\n".join(f"  {json.dumps(row)}" for row in found)  # a line each, so that a change of one shows
+        options.json.write_text(json.dumps(about)[:-1] + f', "cases": [\n{rows}\n]}}\n')
 
 
 if __name__ == "__main__":

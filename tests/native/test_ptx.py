@@ -404,6 +404,49 @@ st.global.u32 [%rd2], %w6;
     assert data.view(np.uint32)[::2].tolist() == want
 
 
+def test_parameters_of_any_layout(machine: Machine) -> None:
+    """Each at a multiple of its size or alignment, as C lays a structure out; an index into an array of them, too."""
+    head = """
+.version 8.0
+.target sm_90
+.address_size 64
+.entry test(.param .u8 a, .param .align 8 .b8 b[20], .param .u64 .ptr .align 1 c, .param .f32 d,
+ .param .u64 .ptr .global .align 16 e, .param .u16 f)
+{
+.reg .b16 %h<3>; .reg .b32 %r<9>; .reg .b64 %rd<9>;
+ld.param.u8 %h0, [a]; ld.param.v2.u32 {%r1, %r2}, [b+8]; ld.param.u64 %rd0, [c]; ld.param.f32 %r3, [d]; ld.param.u16 %h1, [f];
+mov.u32 %r4, %tid.x; mul.wide.u32 %rd1, %r4, 4; mov.b64 %rd2, b; add.s64 %rd1, %rd1, %rd2; ld.param.u32 %r5, [%rd1+-0];
+ld.param.u64 %rd3, [e]; mad.wide.u32 %rd4, %r4, 32, %rd0;
+cvt.u32.u16 %r6, %h0; cvt.u32.u16 %r7, %h1;
+st.global.v4.u32 [%rd4], {%r6, %r1, %r2, %r3}; st.global.v2.u32 [%rd4+16], {%r5, %r7}; st.global.u64 [%rd4+24], %rd3;
+ret;
+}
+"""
+
+    class Layout(ctypes.Structure):
+        _fields_ = (
+            ("a", ctypes.c_uint8),
+            ("_align", ctypes.c_uint64 * 0),
+            ("b", ctypes.c_uint32 * 5),
+            ("c", ctypes.c_uint64),
+            ("d", ctypes.c_float),
+            ("e", ctypes.c_uint64),
+            ("f", ctypes.c_uint16),
+        )
+
+    pointer, data = ctypes.c_void_p(), np.zeros((5, 8), np.uint32)
+    assert machine.library.cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(data.nbytes)) == 0
+    given = Layout(a=200, b=(1, 2, 3, 4, 5), c=pointer.value or 0, d=1.5, e=2**40 + 7, f=65000)
+    counts = (ctypes.c_uint32(1), ctypes.c_uint32(5), ctypes.c_size_t(0))
+    said = machine.library.sdct_ptx_run(
+        head.encode(), *counts, ctypes.byref(given), ctypes.c_size_t(Layout.f.offset + 2)
+    )
+    assert said.decode() == ""
+    assert machine.library.cudaMemcpy(ctypes.c_void_p(data.ctypes.data), pointer, ctypes.c_size_t(data.nbytes), 2) == 0
+    assert machine.library.cudaFree(pointer) == 0
+    assert data.tolist() == [[200, 3, 4, raw(1.5), k + 1, 65000, 7, 2**8] for k in range(5)]
+
+
 # --- what a kernel must not do ---------------------------------------------------------------------------------------
 
 SHARED = ".extern .shared .align 16 .b8 buffer[];"

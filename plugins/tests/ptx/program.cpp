@@ -225,6 +225,14 @@ class Parser {
     }
     if (!size) refuse("odd parameter " + text);
     align = std::max(align, size);
+    if (text.compare(at, 4, ".ptr") == 0) {  // .ptr .global .align 1: what it points to
+      at += 4;
+      for (const char* space : {".global", ".shared", ".const", ".local"}) {
+        if (text.compare(at, std::strlen(space), space) == 0) at += std::strlen(space);
+      }
+      if (text.compare(at, 6, ".align") == 0) at += 6;
+      while (std::isdigit(static_cast<unsigned char>(text[at]))) ++at;
+    }
     std::string name = text.substr(at);
     const size_t bracket = name.find('[');
     if (bracket != std::string::npos) {

@@ -81,9 +81,14 @@ Status upload(const Tables& tables, int device, std::shared_ptr<const DeviceTabl
   auto fresh = std::make_shared<DeviceTables>();
   fresh->device = device;
   if (failed(cudaMalloc(&fresh->memory, tables.blob().size()))) return Status::kOutOfMemory;
-  if (failed(cudaMemcpy(fresh->memory, tables.blob().data(), tables.blob().size(), cudaMemcpyHostToDevice))) {
-    return Status::kCuda;
-  }
+  // on a stream that is waited for: cudaMemcpy from ordinary memory may return before the tables have arrived, and a launch on a
+  // stream that does not take turns with the default one would not wait for them
+  cudaStream_t stream = nullptr;
+  if (failed(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking))) return Status::kCuda;
+  const bool lost =
+      failed(cudaMemcpyAsync(fresh->memory, tables.blob().data(), tables.blob().size(), cudaMemcpyHostToDevice, stream)) ||
+      failed(cudaStreamSynchronize(stream));
+  if (failed(cudaStreamDestroy(stream)) || lost) return Status::kCuda;
   *out = fresh;
   known = *out;
   return Status::kOk;

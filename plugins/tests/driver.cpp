@@ -66,8 +66,8 @@ void check(cudaError_t error) {
 
 struct DeviceArray {
   void* memory = nullptr;
-  explicit DeviceArray(const Array& host) {
-    check(cudaMalloc(&memory, host.size ? host.size : 1));
+  explicit DeviceArray(size_t size) { check(cudaMalloc(&memory, size ? size : 1)); }
+  explicit DeviceArray(const Array& host) : DeviceArray(host.size) {
     check(cudaMemcpy(memory, host.bytes.get(), host.size, cudaMemcpyHostToDevice));
   }
   ~DeviceArray() { cudaFree(memory); }
@@ -97,13 +97,18 @@ sdct::Status run_cuda(const sdct::Plan& plan, sdct::Problem problem, const std::
     problem.y_out[j] = results[j]->memory;
     problem.y_in[j] = in_place ? results[j]->memory : moved(problem.y_in[j]);
   }
+  check(cudaDeviceSynchronize());  // the copies; those of the plan are the plan's
   DevicePlan* device_plan = nullptr;
   Status status = cuda_prepare(plan, &device_plan);
   if (status == Status::kOk) {
-    Array workspace = make(cuda_workspace_bytes(*device_plan, problem.tokens));
-    DeviceArray device_workspace(workspace);
-    status = cuda_run(*device_plan, problem, device_workspace.memory, workspace.size, nullptr);
-    check(cudaDeviceSynchronize());
+    // hosts launch on such streams: nothing waits for what was not waited for
+    cudaStream_t stream = nullptr;
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    const size_t bytes = cuda_workspace_bytes(*device_plan, problem.tokens);
+    DeviceArray workspace(bytes);
+    status = cuda_run(*device_plan, problem, workspace.memory, bytes, stream);
+    check(cudaStreamSynchronize(stream));
+    check(cudaStreamDestroy(stream));
   }
   cuda_release(device_plan);
   if (status == Status::kCuda) std::fprintf(stderr, "sdct_driver: %s\n", cuda_error());

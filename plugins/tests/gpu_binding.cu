@@ -168,6 +168,7 @@ SDCT_EXPORT void sdct_gpu_free(void* memory) { cudaFree(memory); }
 
 SDCT_EXPORT int sdct_gpu_copy(void* target, const void* source, size_t bytes) {
   TRY(cudaMemcpy(target, source, bytes, cudaMemcpyDefault));
+  TRY(cudaDeviceSynchronize());  // it may be under way, and launches go to streams that do not wait for it
   return 0;
 }
 

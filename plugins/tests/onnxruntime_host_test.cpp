@@ -188,6 +188,7 @@ void* on_device(const std::vector<T>& host, std::vector<void*>* owned) {
   void* memory = nullptr;
   require(cudaMalloc(&memory, host.size() * sizeof(T)));
   require(cudaMemcpy(memory, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
+  require(cudaDeviceSynchronize());  // the node runs on a stream that does not wait for it
   owned->push_back(memory);
   return memory;
 }

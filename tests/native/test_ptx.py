@@ -414,7 +414,8 @@ def test_parameters_of_any_layout(machine: Machine) -> None:
  .param .u64 .ptr .global .align 16 e, .param .u16 f)
 {
 .reg .b16 %h<3>; .reg .b32 %r<9>; .reg .b64 %rd<9>;
-ld.param.u8 %h0, [a]; ld.param.v2.u32 {%r1, %r2}, [b+8]; ld.param.u64 %rd0, [c]; ld.param.f32 %r3, [d]; ld.param.u16 %h1, [f];
+ld.param.u8 %h0, [a]; ld.param.v2.u32 {%r1, %r2}, [b+8]; ld.param.u64 %rd0, [c];
+ld.param.f32 %r3, [d]; ld.param.u16 %h1, [f];
 mov.u32 %r4, %tid.x; mul.wide.u32 %rd1, %r4, 4; mov.b64 %rd2, b; add.s64 %rd1, %rd1, %rd2; ld.param.u32 %r5, [%rd1+-0];
 ld.param.u64 %rd3, [e]; mad.wide.u32 %rd4, %r4, 32, %rd0;
 cvt.u32.u16 %r6, %h0; cvt.u32.u16 %r7, %h1;
@@ -546,6 +547,7 @@ MISTAKES = {  # file, what stands there, what shall, what is said
     "writes one place too far": ("kernel.h", "padded(m - 1 - i)] = {", "padded(m - i)] = {", OUT_OF_TURN),
     "too little shared memory": ("cuda.cu", "? plan.bytes : 0", "? plan.bytes - 16 : 0", "outside of the block's"),
     "too many threads": ("cuda.cu", "unsigned(plan.threads)", "unsigned(plan.threads) + 512", "invalid configuration"),
+    "tables still under way": ("cuda.cu", "failed(cudaStreamSynchronize(stream))", "false", "x the bound|race|status"),
     "too few blocks": ("cuda.cu", "unsigned(split), 1}", "1, 1}", "x the bound"),
 }
 

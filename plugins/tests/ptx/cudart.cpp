@@ -1,8 +1,9 @@
 // A stand-in for the CUDA runtime library: what nvcc compiled for a GPU and links against this runs on the CPU.
 //
 // It takes the PTX that nvcc left in the program (`-gencode arch=compute_90,code=compute_90 --no-compress`). Device memory is memory
-// that the kernels may touch and no other, and every call is finished when it returns. A kernel that does something it must not
-// fails its launch with cudaErrorLaunchFailure; the text says what and where. Calls that a program does not need are not here: it does not link.
+// that the kernels may touch and no other. Every call is finished when it returns, but for copies to the device, which are under way
+// until something waits for them. A kernel that does something it must not fails its launch with cudaErrorLaunchFailure; the text
+// says what and where. Calls that a program does not need are not here: it does not link.
 //
 //     SDCT_PTX_CAPABILITY     of the device (90): the newest PTX up to it runs
 //     SDCT_PTX_RACES=0        leave out the check for races
@@ -94,8 +95,17 @@ struct Graph {
   std::vector<Launch> launches;
 };
 struct Stream {
+  bool blocking = true;  // takes turns with the default stream
   Graph* capture = nullptr;
   bool broken = false;  // something was called that must not be captured
+};
+
+// A copy to the device from memory of the host, which CUDA may still be doing when the call returns: what runs on a stream that
+// nothing orders behind it finds the old contents.
+struct Upload {
+  Stream* stream;  // null: the default stream
+  char* target;
+  std::vector<char> bytes;
 };
 
 struct Totals {  // of the launches since sdct_ptx_reset
@@ -107,6 +117,7 @@ struct Runtime {
   std::recursive_mutex mutex;
   Memory memory;
   Machine machine{memory};
+  std::vector<Upload> uploads;  // under way
   std::map<const void*, Function> functions;
   Checks checks{setting("SDCT_PTX_RACES", 1) != 0, false};
   Totals totals{};
@@ -145,9 +156,23 @@ bool breaks_capture() {
   return true;
 }
 
-cudaError_t run(const Launch& launch) {
+// Ends the uploads before what comes next on `stream`; all of them where `every`.
+void arrive(Stream* stream, bool every = false) {
+  std::vector<Upload>& uploads = runtime().uploads;
+  const auto ordered = [&](const Upload& upload) {
+    const bool takes_turns = (!upload.stream || upload.stream->blocking) && (!stream || stream->blocking);
+    return every || upload.stream == stream || takes_turns;
+  };
+  for (const Upload& upload : uploads) {
+    if (ordered(upload)) std::copy(upload.bytes.begin(), upload.bytes.end(), upload.target);
+  }
+  uploads.erase(std::remove_if(uploads.begin(), uploads.end(), ordered), uploads.end());
+}
+
+cudaError_t run(const Launch& launch, Stream* stream) {
   Runtime& r = runtime();
   const std::lock_guard<std::recursive_mutex> lock(r.mutex);
+  arrive(stream);
   const Kernel& kernel = *launch.function->kernel;
   const Program& program = *launch.function->module->program;
   try {
@@ -251,7 +276,7 @@ PTX_EXPORT cudaError_t cudaLaunchKernel(const void* host, dim3 grid, dim3 block,
     captured->capture->launches.push_back(launch);
     return cudaSuccess;
   }
-  return run(launch);
+  return run(launch, of<Stream>(stream));
 }
 // nvcc's own stubs call these from CUDA 13 on
 PTX_EXPORT cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
@@ -316,7 +341,12 @@ PTX_EXPORT cudaError_t cudaRuntimeGetVersion(int* version) {
   *version = CUDART_VERSION;
   return cudaSuccess;
 }
-PTX_EXPORT cudaError_t cudaDeviceSynchronize() { return breaks_capture() ? fail(cudaErrorStreamCaptureUnsupported) : cudaSuccess; }
+PTX_EXPORT cudaError_t cudaDeviceSynchronize() {
+  if (breaks_capture()) return fail(cudaErrorStreamCaptureUnsupported);
+  const std::lock_guard<std::recursive_mutex> lock(runtime().mutex);
+  arrive(nullptr, true);
+  return cudaSuccess;
+}
 PTX_EXPORT cudaError_t cudaGetLastError() {
   const cudaError_t error = last_error;
   last_error = cudaSuccess;
@@ -351,6 +381,7 @@ PTX_EXPORT cudaError_t cudaFree(void* pointer) {
   if (breaks_capture()) return fail(cudaErrorStreamCaptureUnsupported);
   Runtime& r = runtime();
   const std::lock_guard<std::recursive_mutex> lock(r.mutex);
+  arrive(nullptr, true);
   return r.memory.release(pointer) ? cudaSuccess : fail(cudaErrorInvalidValue);
 }
 
@@ -363,17 +394,26 @@ cudaError_t inside(const void* pointer, size_t bytes, bool device) {
   const bool begins = r.memory.find(address, 1) != nullptr;
   return (begins && !r.memory.find(address, bytes)) || (device && bytes && !begins) ? fail(cudaErrorInvalidValue) : cudaSuccess;
 }
-cudaError_t copy(void* target, const void* source, size_t bytes, cudaMemcpyKind kind) {
-  const std::lock_guard<std::recursive_mutex> lock(runtime().mutex);
+cudaError_t copy(void* target, const void* source, size_t bytes, cudaMemcpyKind kind, Stream* stream) {
+  Runtime& r = runtime();
+  const std::lock_guard<std::recursive_mutex> lock(r.mutex);
+  arrive(stream);
   const bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
   const bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
   if (const cudaError_t error = inside(target, bytes, to_device)) return error;
   if (const cudaError_t error = inside(source, bytes, from_device)) return error;
-  if (bytes) std::memcpy(target, source, bytes);
+  const auto* from = static_cast<const char*>(source);
+  const auto is_device = [&](const void* pointer) { return r.memory.find(reinterpret_cast<uint64_t>(pointer), 1) != nullptr; };
+  if (bytes && is_device(target) && !is_device(source)) {
+    r.uploads.push_back({stream, static_cast<char*>(target), {from, from + bytes}});
+  } else if (bytes) {
+    std::memcpy(target, from, bytes);
+  }
   return cudaSuccess;
 }
-cudaError_t set(void* target, int value, size_t bytes) {
+cudaError_t set(void* target, int value, size_t bytes, Stream* stream) {
   const std::lock_guard<std::recursive_mutex> lock(runtime().mutex);
+  arrive(stream);
   if (const cudaError_t error = inside(target, bytes, true)) return error;
   if (bytes) std::memset(target, value, bytes);
   return cudaSuccess;
@@ -384,30 +424,40 @@ bool captured(cudaStream_t stream) { return stream && of<Stream>(stream)->captur
 }  // namespace
 
 PTX_EXPORT cudaError_t cudaMemcpy(void* target, const void* source, size_t bytes, cudaMemcpyKind kind) {
-  return breaks_capture() ? fail(cudaErrorStreamCaptureUnsupported) : copy(target, source, bytes, kind);
+  return breaks_capture() ? fail(cudaErrorStreamCaptureUnsupported) : copy(target, source, bytes, kind, nullptr);
 }
 PTX_EXPORT cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
-  return captured(stream) ? launch_failure("copies in a graph are not supported") : copy(target, source, bytes, kind);
+  return captured(stream) ? launch_failure("copies in a graph are not supported") : copy(target, source, bytes, kind, of<Stream>(stream));
 }
 PTX_EXPORT cudaError_t cudaMemset(void* target, int value, size_t bytes) {
-  return breaks_capture() ? fail(cudaErrorStreamCaptureUnsupported) : set(target, value, bytes);
+  return breaks_capture() ? fail(cudaErrorStreamCaptureUnsupported) : set(target, value, bytes, nullptr);
 }
 PTX_EXPORT cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t stream) {
-  return captured(stream) ? launch_failure("fills in a graph are not supported") : set(target, value, bytes);
+  return captured(stream) ? launch_failure("fills in a graph are not supported") : set(target, value, bytes, of<Stream>(stream));
 }
 
 // --- streams, graphs, events ---------------------------------------------------------------------------------------------------------
 
-PTX_EXPORT cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
-  *stream = reinterpret_cast<cudaStream_t>(new Stream);
+PTX_EXPORT cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+  auto* made = new Stream;
+  made->blocking = !(flags & cudaStreamNonBlocking);
+  *stream = reinterpret_cast<cudaStream_t>(made);
   return cudaSuccess;
 }
 PTX_EXPORT cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  static auto* gone = new Stream{false};  // nothing waits for what a destroyed stream still does, and it goes on
+  const std::lock_guard<std::recursive_mutex> lock(runtime().mutex);
+  for (Upload& upload : runtime().uploads) {
+    if (upload.stream == of<Stream>(stream)) upload.stream = gone;
+  }
   delete of<Stream>(stream);
   return cudaSuccess;
 }
 PTX_EXPORT cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  return captured(stream) || breaks_capture() ? fail(cudaErrorStreamCaptureUnsupported) : cudaSuccess;
+  if (captured(stream) || breaks_capture()) return fail(cudaErrorStreamCaptureUnsupported);
+  const std::lock_guard<std::recursive_mutex> lock(runtime().mutex);
+  arrive(of<Stream>(stream));
+  return cudaSuccess;
 }
 PTX_EXPORT cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
   of<Stream>(stream)->capture = new Graph;
@@ -427,9 +477,9 @@ PTX_EXPORT cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t g
   *exec = reinterpret_cast<cudaGraphExec_t>(new Graph(*of<Graph>(graph)));
   return cudaSuccess;
 }
-PTX_EXPORT cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
+PTX_EXPORT cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
   for (const Launch& launch : of<Graph>(exec)->launches) {
-    if (const cudaError_t error = run(launch)) return error;
+    if (const cudaError_t error = run(launch, of<Stream>(stream))) return error;
   }
   return cudaSuccess;
 }
@@ -470,6 +520,7 @@ PTX_EXPORT const char* sdct_ptx_run(const char* text, uint32_t blocks, uint32_t 
   const std::lock_guard<std::recursive_mutex> lock(r.mutex);
   static thread_local std::string failure;
   failure.clear();
+  arrive(nullptr, true);
   try {
     const Program program(text);
     const auto* first = static_cast<const char*>(parameters);

@@ -20,7 +20,7 @@ namespace {
 // 32 lanes of a register. 16-bit registers use the low half of 32 bits, the high half is 0.
 template <class T>
 struct LanesOf {
-  typedef T type __attribute__((vector_size(kLanes * sizeof(T)), aligned(64), may_alias));
+  typedef T type __attribute__((vector_size(kLanes * sizeof(T)), may_alias));
 };
 template <class T>
 using Lanes = typename LanesOf<T>::type;

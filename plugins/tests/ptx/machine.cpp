@@ -365,16 +365,17 @@ void Machine::run(const Program& program, const Kernel& kernel, Extent grid, Ext
   }
   // registers of every warp, on lines of their own; what lanes without a thread compute is never looked at
   const auto count = uint32_t((block.count() + kLanes - 1) / kLanes);
-  const size_t each = size_t(kernel.units) * kLanes, predicates = (size_t(kernel.predicates) + 31) / 32 * 32;
-  const size_t needed = count * (each + predicates) + 2 * kernel.constants.size() + 64;
+  const auto whole = [](size_t words) { return (words + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes); };  // 64-bit registers
+  const size_t each = whole(size_t(kernel.units) * kLanes), predicates = whole(kernel.predicates);
+  const size_t constant = whole(kernel.constants.size()), needed = count * (each + predicates) + constant + 2 * kLanes;
   if (needed > storage_size_) {
     storage_.reset(new uint32_t[needed]());
     storage_size_ = needed;
   }
-  auto* next = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(storage_.get()) + 127) / 128 * 128);
+  auto* next = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(storage_.get()) + 255) / 256 * 256);
   std::copy(kernel.constants.begin(), kernel.constants.end(), next);
   const uint32_t* constants = next;
-  next += kernel.constants.size();
+  next += constant;
   warps_.assign(count, Warp());
   for (uint32_t k = 0; k < count; ++k) {
     Warp& w = warps_[k];

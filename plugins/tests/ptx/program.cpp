@@ -314,6 +314,7 @@ class Parser {
   }
   void add_register(const std::string& name, int bits) {
     const char letter = letter_of(bits);
+    if (letter == 'd') kernel_->units += kernel_->units % 2;  // aligned to all their lanes
     const uint32_t operand = letter == 'p' ? kernel_->predicates++ : kernel_->units;
     if (letter != 'p') kernel_->units += letter == 'd' ? 2 : 1;
     scopes_.back()[name] = {letter, Operand(operand)};
@@ -333,6 +334,7 @@ class Parser {
     const auto found = constants_.find(key);
     if (found != constants_.end()) return found->second;
     std::vector<uint32_t>& out = kernel_->constants;
+    if (letter == 'd') out.resize((out.size() + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes));
     const auto operand = ~Operand(out.size() / kLanes);
     for (uint32_t lane = 0; lane < kLanes; ++lane) {
       out.push_back(uint32_t(key.second));

@@ -26,8 +26,8 @@ using Handler = void (*)(Warp&, const Instruction&);
 enum class Flow : uint8_t { kNext, kBranch, kBarrier, kExit };
 enum class Space : uint8_t { kNone, kGlobal, kShared, kParam, kGeneric };
 
-// An operand: a register, or a constant where negative. Registers of 64 bits take two units of 32 lanes x 4 bytes, others one;
-// predicates are masks of 32 bits with an index of their own.
+// An operand: a register, or a constant where negative. Registers of 64 bits take two units of 32 lanes x 4 bytes from an even one
+// on, others one; predicates are masks of 32 bits with an index of their own.
 using Operand = int32_t;
 constexpr Operand kFalse = -1, kTrue = -2;  // predicates; an optional result that is left out is kFalse
 

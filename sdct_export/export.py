@@ -17,12 +17,22 @@ from torch import nn
 
 from . import native
 from .adapter.adapter import SdctAdapter
+from .adapter.entries import DTYPE_NAMES
 from .adapter.folder import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE, write_training
 from .base.model import check_base, find_linear, linear_shape, load_base, model_digests, model_hash, to_numpy
 from .base.model import task_type as task_type_of
 from .base.reference import most_tokens, run_rows, sample_inputs
 from .base.sentence import Tail, add_tail, body_folder, load_tail, refuse_whole, settings_files
-from .base.training import check_record, class_name, class_of, fresh_parameters, model_config, set_padding
+from .base.training import (
+    check_record,
+    checksums,
+    class_name,
+    class_of,
+    fresh_parameters,
+    model_config,
+    set_padding,
+    weights_of,
+)
 from .bundle.description import (
     ADAPTERS_FOLDER,
     DATA_FILE,
@@ -42,6 +52,7 @@ from .errors import AdapterFormatError, BaseMismatchError, ConfigError, Unsuppor
 from .files import check_adapter_name, copy_inside, folder_name, new_folder
 from .graph.insert import InsertAdapters
 from .graph.trace import trace
+from .tuning.layer import SdctLayer
 from .tuning.model import SdctModel
 
 AdapterLike = SdctAdapter | str | Path
@@ -69,6 +80,7 @@ class _Base:
     shapes: Mapping[str, tuple[int, int]]
     hash: str
     digests: Mapping[str, Mapping[str, str]]
+    weights: Mapping[str, Mapping[str, int]]
 
 
 def export_merged(
@@ -217,6 +229,8 @@ def _prepare(
     fresh = tail = None
     if isinstance(source, nn.Module):
         refuse_whole(source)
+        if not isinstance(source, SdctModel) and any(isinstance(module, SdctLayer) for module in source.modules()):
+            raise ConfigError(f"this {type(source).__name__} carries adapters; pass its SdctModel")
         fresh = source.fresh_parameters if isinstance(source, SdctModel) else fresh_parameters(source)
         model = (source.plain_base() if isinstance(source, SdctModel) else copy.deepcopy(source)).eval()
     else:
@@ -246,7 +260,10 @@ def _prepare(
     if task is None:
         task = task_type_of(model) or "FEATURE_EXTRACTION"
     digests = model_digests(model, shapes)
-    return _Base(model, tail, source, task, dtype, shapes, model_hash(model, shapes, dtype), digests)
+    sums = {
+        name: {str(k): v for k, v in weights_of(checksums(model, name), name).sums.items()} for name in DTYPE_NAMES
+    }
+    return _Base(model, tail, source, task, dtype, shapes, model_hash(model, shapes, dtype), digests, sums)
 
 
 def _complete(base: _Base, dtype: str) -> None:
@@ -442,6 +459,7 @@ def _write(
         module_digests=base.digests,
         model_class=class_name(base.model),
         model_config=model_config(base.model),
+        weights=base.weights,
         training_sha256=training_sha256(folder),
         max_tokens=most_tokens(base.model),
         pooling=() if base.tail is None else base.tail.described,

@@ -171,6 +171,31 @@ def test_task_and_class_may_not_contradict(bert: Path, tmp_path: Path) -> None:
     assert export_multi(bert, {"a": adapter}, tmp_path / "out", model_class=named).task == "SEQ_CLS"
 
 
+def test_names_of_labels_keep_their_numbers(bert: Path) -> None:
+    base = classifier(bert, labels=12)
+    base.config.id2label = {str(i): f"n{i}" for i in range(12)}  # as json.load gives it; texts sort otherwise
+    record = trained(get_sdct_model(base, query())).adapter().trained_on
+    assert record is not None
+    assert record.id2label == tuple(f"n{i}" for i in range(12))
+    base = classifier(bert, labels=12)
+    base.config.id2label = {i + 1: f"n{i}" for i in range(12)}
+    with pytest.raises(ConfigError, match=r"must name labels 0 to 11, its keys are \[1, 2, 3\]"):
+        get_sdct_model(base, query())
+
+
+def test_a_state_of_another_configuration_or_base_is_refused(gpt2: Path) -> None:
+    config = SdctConfig(["c_attn"], n_coefficients=40)
+    state = trained(get_sdct_model(classifier(gpt2, PAD), config)).state_dict()
+    get_sdct_model(classifier(gpt2, PAD), config).load_state_dict(state)
+    with pytest.raises(BaseMismatchError, match=f"pad_token_id was {PAD}, is 1"):
+        get_sdct_model(classifier(gpt2, 1), config).load_state_dict(state)
+    other = classifier(gpt2, PAD)
+    with torch.no_grad():
+        other.get_parameter("transformer.wte.weight")[50:].neg_()
+    with pytest.raises(BaseMismatchError, match=r"another 'transformer\.wte\.weight'"):
+        get_sdct_model(other, config).load_state_dict(state)
+
+
 # -- vocabulary and heads -------------------------------------------------------------------------------------------
 
 
@@ -249,6 +274,98 @@ def test_merging_and_switching_are_no_change_of_the_base(bert: Path) -> None:
     assert np.array_equal(model.adapter("default").saved["classifier.weight"], before)
 
 
+@pytest.mark.parametrize(
+    ("tensor", "rows"),
+    [
+        ("word_embeddings", [57]),  # a spare token
+        ("position_embeddings", [20, 25]),  # beyond the probe
+        ("token_type_embeddings", [1]),
+    ],
+)
+def test_a_change_that_no_probe_reads_is_refused(tensor: str, rows: list[int], bert: Path, tmp_path: Path) -> None:
+    base = classifier(bert)
+    with torch.no_grad():  # before the adapter is put on it
+        base.get_parameter(f"bert.embeddings.{tensor}.weight")[rows] += 0.5
+    model = trained(get_sdct_model(base, query()))
+    adapter = model.adapter()
+    adapter.save(tmp_path / "a")
+    for use in (
+        lambda: export_multi(bert, [tmp_path / "a"], tmp_path / "out"),
+        lambda: export_merged(bert, adapter, tmp_path / "out"),
+        lambda: merge_checkpoint(bert, adapter, tmp_path / "out"),
+        lambda: SdctModel.from_adapter(classifier(bert), adapter),
+    ):
+        with pytest.raises(BaseMismatchError, match=rf"a base with another 'bert\.embeddings\.{tensor}\.weight'"):
+            use()
+        assert not (tmp_path / "out").exists()
+    own = trained(get_sdct_model(classifier(bert), query()), 3).adapter()
+    export_multi(bert, {"own": own}, tmp_path / "out")
+    with pytest.raises(BaseMismatchError, match="a base with 1 other tensors than this bundle"):
+        MultiAdapterModel(tmp_path / "out").load_adapter("a", tmp_path / "a")
+    with pytest.raises(ConfigError, match="carries adapters; pass its SdctModel"):
+        export_multi(model.base, {"a": adapter}, tmp_path / "live")
+    export_multi(model, {"a": adapter}, tmp_path / "live")  # the base it was trained on
+
+
+@pytest.mark.parametrize("how", ["half", "bfloat16", "merge"])
+def test_a_change_hidden_by_a_cast_or_a_merge_is_refused(how: str, bert: Path) -> None:
+    model = trained(get_sdct_model(classifier(bert), query()))
+    model.adapter()
+    table = model.base.get_parameter("bert.embeddings.word_embeddings.weight")
+    if how == "merge":
+        model.merge()
+        model.adapter()
+    with torch.no_grad():
+        table[[1, 2]] = table[[2, 1]].clone()  # the sum of all bits stays
+    if how != "merge":
+        model.to(torch.float16 if how == "half" else torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"word_embeddings\.weight' of the base is not what it was"):
+        model.adapter()
+
+
+def test_a_cast_is_no_change(bert: Path) -> None:
+    model = trained(get_sdct_model(classifier(bert), query()))
+    before = model.adapter()
+    model.half()
+    assert before.trained_on is not None
+    for adapter in (model.adapter(), model.float().adapter()):
+        assert adapter.trained_on is not None
+        assert adapter.trained_on.weights == before.trained_on.weights  # those of the checkpoint
+
+
+def test_values_below_the_range_of_half_are_not_lost(bert: Path, tmp_path: Path) -> None:
+    model = get_sdct_model(classifier(bert), query(scaling=1e8))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".values"):
+                parameter.copy_(torch.linspace(-1e-9, 1e-9, 40))
+    with pytest.raises(ConfigError, match=r"below the range of float16: 100 % would be lost"):
+        model.save_adapter(tmp_path / "a", dtype="float16")
+    model.save_adapter(tmp_path / "a", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("name", ["train", "values", "keys", "pop", "forward"])
+def test_adapters_may_be_called_like_anything(name: str, bert: Path) -> None:
+    model = trained(get_sdct_model(classifier(bert), query(), name))
+    model.add_adapter("other", SdctConfig(["value"], n_coefficients=30, modules_to_save=["classifier"]))
+    again = SdctModel.from_adapter(classifier(bert), model.adapter(name), name)
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+    model.set_adapter("other")
+    model.set_adapter(name)
+    again.load_state_dict(trained(again, 5).state_dict())
+
+
+def test_compiled_bases(bert: Path) -> None:
+    adapter = trained(get_sdct_model(classifier(bert), query())).adapter()
+    base = classifier(bert)
+    base.compile()
+    SdctModel.from_adapter(base, adapter)  # compared without compiling
+    with pytest.raises(ConfigError, match=r"what torch.compile returned"):
+        get_sdct_model(torch.compile(classifier(bert)), query())  # type: ignore[arg-type]
+
+
 class _Normed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -295,6 +412,10 @@ def test_a_running_bundle_compares_what_it_loads(bert: Path, tmp_path: Path) -> 
     model = MultiAdapterModel(tmp_path / "out")
     arrays = {"input_ids": np.arange(12).reshape(2, 6), "attention_mask": np.ones((2, 6), np.int64)}
     before = model.run(arrays, "own")["logits"]
+    assert adapter.trained_on is not None
+    with pytest.raises(BaseMismatchError, match="a base with 1 other tensors"):
+        model.load_adapter("new", adapter)
+    adapter = dataclasses.replace(adapter, trained_on=dataclasses.replace(adapter.trained_on, weights=None))
     for load in (model.load_adapter, model.reload_adapter):
         with pytest.raises(BaseMismatchError, match="gives other outputs in this bundle than when it was trained"):
             load("own" if load == model.reload_adapter else "new", adapter)

@@ -106,7 +106,7 @@ def combine_adapters(
         modules[path], figures[path] = _sum(path, adapters, weights, n_coefficients)
     saved, saved_weights = _average(adapters, weights)
     energy = sum(module.energy for module in figures.values())
-    if figures and energy == 0.0:
+    if figures and (energy == 0.0 or not any(entries.values.any() for entries in modules.values())):
         raise ConfigError("the adapters cancel out under these weights, so nothing would be left to apply")
     parents = sorted({name.rpartition(".")[0] for name in saved})
     first = next(iter(adapters.values())).config

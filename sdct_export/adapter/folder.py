@@ -166,7 +166,7 @@ def parse_contents(
 def write_training(folder: Path, record: TrainingRecord) -> None:
     """Write a record by itself into `folder`, as a merged export holds it."""
     (folder / TRAINED_ON_FILE).write_text(json.dumps(record.to_dict(), indent=2, sort_keys=True) + "\n")
-    if record.probe is not None:
+    if record.tensors():
         (folder / TRAINING_FILE).write_bytes(encode_safetensors(record.tensors()))
 
 

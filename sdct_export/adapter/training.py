@@ -6,6 +6,8 @@
     formula.<name>   int64: the shape of a float input, which is `formula(shape)` and needs no file
     output.<name>    float32 `[m]`, m <= 256: what the adapted model gave, at `positions(shape)` of the flat output
     shape.<name>     int64: the output's full shape
+    weights.<dtype>  int64 `[k, 2]`: CRC-32 of a name and checksum of the tensor of that name, in `dtype`, for what the
+                     base holds and the adapter leaves as it is
 
 numpy only.
 """
@@ -37,6 +39,22 @@ _NO_MATTER = {
 # largest |got - want| over half the spread of what was recorded, by the type in which it was computed: a head that was
 # not trained, or another base, is off by the size of the output; another device or order of sums is not
 TOLERANCES = {"float64": 5e-3, "float32": 5e-3, "float16": 2e-2, "bfloat16": 5e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Checksums of weights that an adapter leaves as they are, CRC-32 of the name -> checksum, taken in `dtype`."""
+
+    dtype: str
+    sums: Mapping[int, int]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in TOLERANCES:
+            raise AdapterFormatError(f"the training record has weights in {self.dtype!r}, not one of {[*TOLERANCES]}")
+
+    def differing(self, sums: Mapping[int, int]) -> list[int]:
+        """Keys of what both hold, and differently. What only one has (a pooler that was left out) says nothing."""
+        return [key for key, value in self.sums.items() if sums.get(key, value) != value]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +106,7 @@ class TrainingRecord:
             saves all of them: nobody else has them.
         id2label: names of the labels in their order, None where they have none.
         model_config: the model's configuration as it was when the adapter was saved, None where it has none.
+        weights: checksums of the base's weights beside those of the adapter, None where they are not known.
         probe: what the adapted model computed, None where it could not be run.
     """
 
@@ -96,6 +115,7 @@ class TrainingRecord:
     id2label: tuple[str, ...] | None = None
     probe: TrainingProbe | None = None
     model_config: Mapping[str, Any] | None = None
+    weights: Weights | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of `trained_on`, JSON-ready, without the probe's numbers."""
@@ -109,10 +129,13 @@ class TrainingRecord:
         return fields if self.model_config is None else fields | {"model_config": dict(self.model_config)}
 
     def tensors(self) -> dict[str, Array]:
-        """The tensors of `training_probe.safetensors`; none without a probe."""
-        if self.probe is None:
-            return {}
+        """The tensors of `training_probe.safetensors`; none without a probe and weights."""
         tensors: dict[str, Array] = {}
+        if self.weights is not None:
+            pairs = sorted(self.weights.sums.items())
+            tensors[f"weights.{self.weights.dtype}"] = np.array(pairs, np.int64).reshape(-1, 2)
+        if self.probe is None:
+            return tensors
         for name, array in self.probe.inputs.items():
             if array.dtype.kind == "f":
                 tensors[f"formula.{name}"] = np.array(array.shape, np.int64)
@@ -144,10 +167,23 @@ def parse_record(raw: object, tensors: Mapping[str, Array] | None) -> TrainingRe
     config = raw.get("model_config")
     if config is not None and not (isinstance(config, dict) and _is_shallow(config, 8)):
         raise AdapterFormatError("trained_on: model_config must be the object that transformers writes, or null")
-    if (dtype is None) != (tensors is None):
+    tensors, weights = _split_weights(tensors or {})
+    if (dtype is None) == bool(tensors):
         raise AdapterFormatError("trained_on and the training probe do not belong together; copy the whole folder")
-    probe = None if tensors is None else _parse_probe(dtype, tensors)
-    return TrainingRecord(name, None if fresh is None else tuple(fresh), labels, probe, config)
+    probe = _parse_probe(dtype, tensors) if tensors else None
+    return TrainingRecord(name, None if fresh is None else tuple(fresh), labels, probe, config, weights)
+
+
+def _split_weights(tensors: Mapping[str, Array]) -> tuple[dict[str, Array], Weights | None]:
+    """The tensors of the probe, and the weights beside them."""
+    rest = {name: array for name, array in tensors.items() if not name.startswith("weights.")}
+    found = [(name.partition(".")[2], array) for name, array in tensors.items() if name not in rest]
+    if not found:
+        return rest, None
+    dtype, pairs = found[0]
+    if len(found) > 1 or pairs.dtype != np.int64 or pairs.ndim != 2 or pairs.shape[1] != 2:
+        raise AdapterFormatError("the training record holds weights that are no int64 [k, 2]; save the adapter again")
+    return rest, Weights(dtype, dict(pairs.tolist()))
 
 
 def config_differences(want: Mapping[str, Any], got: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

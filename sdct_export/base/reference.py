@@ -76,7 +76,7 @@ def run_model(
     model: nn.Module, inputs: Mapping[str, Tensor], replaced: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """The named output tensors of one forward, without gradients or cache; `replaced` parameters stand in by name."""
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # hooks in numpy cannot be compiled
         result = torch.func.functional_call(model, dict(replaced or {}), kwargs=dict(inputs))
     named = {name: value for name, value in dict(result).items() if isinstance(value, Tensor)}
     if not named:

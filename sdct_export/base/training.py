@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import json
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..adapter.training import (
     TOLERANCES,
     TrainingProbe,
     TrainingRecord,
+    Weights,
     check_class,
     config_differences,
     formula,
@@ -67,20 +69,48 @@ def unsaved(fresh: tuple[str, ...] | None, saves: Callable[[str], bool]) -> list
     ]
 
 
-def record(model: nn.Module, *, of: nn.Module | None = None, fresh: tuple[str, ...] | None = None) -> TrainingRecord:
+def record(
+    model: nn.Module,
+    *,
+    of: nn.Module | None = None,
+    fresh: tuple[str, ...] | None = None,
+    weights: Weights | None = None,
+) -> TrainingRecord:
     """What `model`, a base with one adapter applied, is and computes now.
 
     Args:
         model: what runs.
         of: the base whose class is recorded, where `model` only wraps it.
         fresh: the base's fresh parameters, as found before training.
+        weights: checksums of the base beside what adapters change, as found before training.
+
+    Raises:
+        ConfigError: the configuration names its labels by other numbers than 0, 1, ...
     """
     base = of if of is not None else model
-    names = getattr(getattr(base, "config", None), "id2label", None)
-    labels = None
-    if isinstance(names, Mapping) and any(name != f"LABEL_{i}" for i, name in names.items()):
-        labels = tuple(str(names[i]) for i in sorted(names))
-    return TrainingRecord(class_name(base), fresh, labels, _probe(model, base), model_config(base))
+    names = label_names(base)
+    return TrainingRecord(class_name(base), fresh, names, _probe(model, base), model_config(base), weights)
+
+
+def label_names(model: nn.Module) -> tuple[str, ...] | None:
+    """Names of the labels in their order, None where they have none of their own.
+
+    Raises:
+        ConfigError: `config.id2label` has other keys than 0, 1, ... (as JSON gives them, texts of these are taken).
+    """
+    raw = getattr(getattr(model, "config", None), "id2label", None)
+    if not isinstance(raw, Mapping) or not raw:
+        return None
+    try:
+        names = {int(key): str(name) for key, name in raw.items()}
+    except (TypeError, ValueError):
+        names = {}
+    if sorted(names) != list(range(len(raw))):
+        raise ConfigError(
+            f"config.id2label must name labels 0 to {len(raw) - 1}, its keys are {list(raw)[:3]}...; count from 0"
+        )
+    ordered = tuple(names[i] for i in range(len(names)))
+    return None if ordered == tuple(f"LABEL_{i}" for i in range(len(names))) else ordered
 
 
 def model_config(model: nn.Module) -> dict[str, Any] | None:
@@ -96,6 +126,11 @@ def set_padding(model: nn.Module, records: Iterable[TrainingRecord | None]) -> N
     """
     found = {(record.model_config or {}).get("pad_token_id") for record in records if record is not None}
     config: Any = getattr(model, "config", None)
+    if len(found) > 1 and hasattr(config, "pad_token_id"):
+        listed = ", ".join(sorted(map(str, found)))
+        raise BaseMismatchError(
+            f"the adapters were trained with different pad_token_id ({listed}), a model has one; export each alone"
+        )
     if len(found) == 1 and isinstance(token := found.pop(), int) and hasattr(config, "pad_token_id"):
         config.pad_token_id = token
 
@@ -112,21 +147,54 @@ def check_config(trained: TrainingRecord, config: Mapping[str, Any] | None, *, l
         )
 
 
-def checksums(model: nn.Module) -> dict[str, tuple[torch.dtype, int]]:
-    """Name -> dtype and sum of the bits of every parameter and buffer that a checkpoint of `model` would hold.
+def checksums(model: nn.Module, dtype: str | None = None) -> dict[str, tuple[torch.dtype, int]]:
+    """Name -> own dtype and checksum of every floating-point tensor that a checkpoint of `model` would hold.
 
-    One pass over the weights; nothing for a model that is spread over processes or lies on the meta device.
+    The checksum is `sum_r (2 r + 1) sum_c bits[r, c]` modulo 2^64 over the rows of the tensor, cast to `dtype`
+    (default: the model's), so that changed and exchanged weights show. One pass; nothing for a model that is spread
+    over processes or lies on the meta device.
     """
-    if _is_sharded(model):
+    if _is_sharded(model) or not any(parameter.is_floating_point() for parameter in model.parameters()):
         return {}
+    target = getattr(torch, dtype or float_dtype(model))
     kept = set(model.state_dict())
     tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     sums = {}
     for name, tensor in tensors:
-        if f".{CHILD}.entries." not in f".{name}" and name in kept and not tensor.is_meta:
-            bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
-            sums[name] = (tensor.dtype, int(bits.sum(dtype=torch.int64)))
+        if f".{CHILD}.entries." in f".{name}" or name not in kept:
+            continue
+        if tensor.is_floating_point() and not tensor.is_meta and tensor.numel():
+            cast = tensor.detach().to(target).contiguous()
+            bits = cast.view(_INTEGERS[cast.element_size()])
+            rows = bits.reshape(len(bits) if bits.ndim > 1 else bits.numel(), -1).sum(1, dtype=torch.int64)
+            odd = torch.arange(len(rows), device=rows.device, dtype=torch.int64) * 2 + 1
+            sums[name] = (tensor.dtype, int((rows * odd).sum()))
     return sums
+
+
+def weights_of(sums: Mapping[str, tuple[torch.dtype, int]], dtype: str) -> Weights:
+    """`checksums` in `dtype` as they are recorded."""
+    return Weights(dtype, {zlib.crc32(name.encode()): total for name, (_, total) in sums.items()})
+
+
+def check_weights(trained: TrainingRecord, model: nn.Module, *, label: str = "the adapter") -> None:
+    """Raise `BaseMismatchError` where a weight of `model` that an adapter leaves as it is is not what it was.
+
+    A model in a type that holds less than the one the checksums were taken in cannot be compared.
+    """
+    if trained.weights is None or any(parameter.is_meta for parameter in model.parameters()):
+        return
+    recorded = trained.weights.dtype
+    if torch.promote_types(getattr(torch, recorded), getattr(torch, own := float_dtype(model))) != getattr(torch, own):
+        return
+    sums = checksums(model, recorded)
+    keys = {zlib.crc32(name.encode()): name for name in sums}
+    differing = trained.weights.differing({key: sums[name][1] for key, name in keys.items()})
+    if differing:
+        raise BaseMismatchError(
+            f"{label} was trained on a base with another {keys[differing[0]]!r} ({len(differing)} such tensors); use "
+            "the base it was trained on, or, where weights were changed in memory, save that base (save_pretrained)"
+        )
 
 
 def check_record(
@@ -150,6 +218,7 @@ def check_record(
         )
     if trained is not None:
         check_probe(trained, model, adapter, label=label)
+        check_weights(trained, model, label=label)
 
 
 def check_probe(
@@ -168,7 +237,7 @@ def check_probe(
             f"({type(problem).__name__}: {problem}); use the base it was trained on, with the same configuration"
         ) from problem
     error = trained.probe.difference({name: to_numpy(value.float()) for name, value in outputs.items()})
-    limit = max(TOLERANCES[trained.probe.dtype], TOLERANCES[_float_dtype(model)])
+    limit = max(TOLERANCES[trained.probe.dtype], TOLERANCES[float_dtype(model)])
     if not error <= limit:
         raise BaseMismatchError(
             f"{label} gives other outputs on this base than when it was trained (off by {error:.1e} of their size, "
@@ -224,7 +293,7 @@ def _probe(model: nn.Module, base: nn.Module) -> TrainingProbe | None:
         return None
     shapes = {name: array.shape for name, array in outputs.items()}
     samples = {name: array.reshape(-1)[positions(array.shape)] for name, array in outputs.items()}
-    return TrainingProbe(_float_dtype(model), inputs, samples, shapes)
+    return TrainingProbe(float_dtype(model), inputs, samples, shapes)
 
 
 def _outputs(model: nn.Module, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -262,7 +331,7 @@ def _as_it_runs(model: nn.Module, inputs: Mapping[str, Tensor]) -> Iterator[dict
     """The inputs on the model's device and in its type; inside the block it is in eval mode and autocast is off."""
     first = next(model.parameters())
     modes = [(module, module.training) for module in model.modules()]
-    dtype = getattr(torch, _float_dtype(model))
+    dtype = getattr(torch, float_dtype(model))
     ready = {n: t.to(first.device, dtype if t.is_floating_point() else None) for n, t in inputs.items()}
     try:
         model.eval()
@@ -278,5 +347,7 @@ def _is_sharded(model: nn.Module) -> bool:
     return any(hasattr(p, "ds_id") or type(p.data).__name__ == "DTensor" for p in model.parameters())
 
 
-def _float_dtype(model: nn.Module) -> str:
-    return next(str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point())
+def float_dtype(model: nn.Module) -> str:
+    """Name of the type of the model's first floating-point parameter, `float32` where it has none."""
+    found = (str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point())
+    return next(found, "float32")

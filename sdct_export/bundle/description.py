@@ -63,7 +63,8 @@ class Bundle:
     adapter's own base hash be compared when it is loaded later; `inputs` are the model's own, without the adapter
     inputs; `model_sha256` is of `model.onnx` itself, `data_sha256` of the weights in `model.onnx.data`,
     `training_sha256` of what a merged bundle holds of its adapter's training; `model_class` (`MODULE:CLASS`) and
-    `model_config` are those of the base, None in a bundle that an older version wrote; `max_tokens` is how many tokens
+    `model_config` are those of the base, None in a bundle that an older version wrote; `weights` (dtype name ->
+    CRC-32 of a name -> checksum) lets an adapter's training record be compared; `max_tokens` is how many tokens
     a row may have where the base looks their positions up in a table; `pooling` says what a SentenceTransformer does
     behind the base, which alone adapters and hashes are about.
     """
@@ -86,6 +87,7 @@ class Bundle:
     training_sha256: str | None = None
     model_class: str | None = None
     model_config: Mapping[str, Any] | None = None
+    weights: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
     max_tokens: int | None = None
     pooling: tuple[str, ...] = ()
     path: Path = dataclasses.field(default=Path(), compare=False)
@@ -205,6 +207,9 @@ def _parse(raw: dict[str, Any]) -> dict[str, Any]:
     for name in ("data_sha256", "training_sha256", "model_class"):
         if (raw[name] if name == "data_sha256" else raw.get(name)) is not None:
             _text(raw[name], name)
+    for sums in raw.get("weights", {}).values():
+        if not all(key.isdecimal() and len(key) < 11 and isinstance(value, int) for key, value in sums.items()):
+            raise ValueError("weights must map numbers of names to checksums")
     if not isinstance(raw.get("model_config"), dict | None):
         raise ValueError("model_config must be an object or null")
     if raw.get("max_tokens") is not None:

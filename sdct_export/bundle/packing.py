@@ -66,6 +66,14 @@ def pack(bundle: Bundle, adapter: SdctAdapter, *, label: str = "the adapter") ->
             )
     if record is not None and bundle.model_class is not None:
         check_class(record, bundle.model_class, label=label)
+    if record is not None and record.weights is not None and record.weights.dtype in bundle.weights:
+        sums = {int(key): value for key, value in bundle.weights[record.weights.dtype].items()}
+        count = len(record.weights.differing(sums))
+        if count:
+            raise BaseMismatchError(
+                f"{label} was trained on a base with {count} other tensors than this bundle was exported from; export "
+                "a bundle from the base it was trained on"
+            )
     _check_modules(bundle, adapter, label)
     layout = bank_layout(bundle)
     rows = {name: np.zeros(shape, dtype) for name, (dtype, shape) in layout.items()}

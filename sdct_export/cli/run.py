@@ -59,6 +59,8 @@ def run(
         raise click.UsageError("give one --text-pair for each --text")
     rows = [_parse_adapters(item) for item in adapters]
     files = dict(_parse_input(item) for item in inputs)
+    if len(files) < len(inputs):
+        raise click.UsageError("give --input once for each name")
     from ..bundle.description import Bundle
     from ..errors import ConfigError
     from ..files import refuse_existing

@@ -67,8 +67,9 @@ class OrtBackend:
         self.native = native.register_operator(options, self._device)
         if threads is not None:
             options.intra_op_num_threads = threads
+        providers = self._providers(device)
         try:
-            self._session = onnxruntime.InferenceSession(str(model), options, providers=self._providers(device))
+            self._session = onnxruntime.InferenceSession(str(model), options, providers=providers)
         except Exception as error:  # ONNX Runtime's errors share no base class
             raise AdapterFormatError(
                 f"{model}: ONNX Runtime {onnxruntime.__version__} cannot load it ({_first_line(error)}); "

@@ -79,8 +79,9 @@ def encode_text(bundle: Bundle, texts: Sequence[str], pairs: Sequence[str] | Non
         tokenizer = Tokenizer.from_buffer(data)
         if bundle.pooling:
             texts = _prepare_sentences(bundle, tokenizer, texts, settings)
-        elif tokenizer.truncation is None and isinstance(limit, int) and limit > 0:
-            tokenizer.enable_truncation(limit)
+        elif isinstance(limit, int) and limit > 0:  # the model's, whatever length the file was saved with
+            side = "left" if settings.get("truncation_side") == "left" else "right"
+            tokenizer.enable_truncation(limit, direction=side)
         tokenizer.enable_padding(
             direction="left" if settings.get("padding_side") == "left" else "right",
             pad_id=(tokenizer.token_to_id(token) if isinstance(token, str) else None) or 0,

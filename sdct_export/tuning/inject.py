@@ -13,7 +13,7 @@ from torch import nn
 
 from ..adapter.config import ALL_LINEAR, SdctConfig
 from ..base.model import checkpoint_vocabulary, linear_shape, linear_weight, model_hash, task_type, vocabulary
-from ..base.training import unsaved
+from ..base.training import label_names, unsaved
 from ..errors import ConfigError, UnsupportedError, an
 from ..spectral.selection import select_for_weight
 from .layer import SdctEntry, SdctLayer
@@ -108,8 +108,10 @@ def check_source(base: nn.Module, config: SdctConfig, fresh: tuple[str, ...] | N
     then no longer be found.
 
     Raises:
-        ConfigError: the vocabulary was resized in memory, and nothing would save the new rows.
+        ConfigError: the vocabulary was resized in memory, and nothing would save the new rows; or labels are numbered
+            otherwise than from 0.
     """
+    label_names(base)
     source = base_name(base)
     if source is None:
         return

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from ..adapter.adapter import SdctAdapter
 from ..adapter.config import SdctConfig
 from ..adapter.entries import DTYPE_NAMES, VALUE_DTYPES, Array, SdctEntries
+from ..adapter.training import Weights
 from ..base.model import CHILD, check_base, task_type, to_numpy, to_torch
 from ..base.sentence import refuse_whole
-from ..base.training import check_record, checksums, fresh_parameters, record
+from ..base.training import check_record, checksums, float_dtype, fresh_parameters, record, weights_of
 from ..errors import BaseMismatchError, ConfigError, UnknownAdapterError
 from ..files import check_adapter_name
 from .inject import (
@@ -52,6 +53,10 @@ def get_sdct_model(base: nn.Module, config: SdctConfig, adapter_name: str = "def
         ConfigError: nothing matches, `n_coefficients` exceeds a matrix, or the settings contradict each other.
         UnsupportedError: a named module is no `Linear` or `Conv1D` with float weights.
     """
+    if not isinstance(base, nn.Module) or not isinstance(config, SdctConfig):
+        raise ConfigError(
+            f"get_sdct_model takes a model and an SdctConfig, got {type(base).__name__} and {type(config).__name__}"
+        )
     model = _new(base)
     model.add_adapter(adapter_name, config)
     model.set_adapter(adapter_name)
@@ -73,6 +78,8 @@ class SdctModel(nn.Module):
             raise ConfigError(
                 "the base carries sDCT adapters already; call add_adapter or load_adapter of its SdctModel"
             )
+        if isinstance(getattr(base, "_orig_mod", None), nn.Module):
+            raise ConfigError("the base is what torch.compile returned; add adapters to the model, then compile that")
         self.base = base.requires_grad_(False)
         self.configs: dict[str, SdctConfig] = {}
         self.active: str | None = None
@@ -81,7 +88,9 @@ class SdctModel(nn.Module):
         self._identities: dict[str, tuple[str, str] | tuple[None, None]] = {}
         self._merged: Any = None
         self._fresh = fresh_parameters(base)
-        self._sums = checksums(base)
+        self._sums = self._now = checksums(base)  # as it was given, and as it has to be now
+        self._sums_dtype = float_dtype(base)
+        self._moved: list[str] = []  # what had changed before a cast, after which it could not be seen
         self.register_state_dict_post_hook(_drop_base)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_allow_missing_base)  # type: ignore[no-untyped-call]
 
@@ -146,7 +155,7 @@ class SdctModel(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """What `state_dict` says of the adapters beside their tensors, uint8 `[bytes]`."""
-        return describe(self.base, self._described(), self.active, self._fresh)
+        return describe(self.base, self._described(), self.active, self._fresh, self._weights())
 
     def set_extra_state(self, state: object) -> None:
         """Raise `ConfigError` or `BaseMismatchError` unless a state dict that says this is one of such a model."""
@@ -248,14 +257,17 @@ class SdctModel(nn.Module):
             entry = layer.entry(name)
             if entry.values.is_meta:
                 raise ConfigError("a model on the meta device has no values to save; load it with its weights")
-            values = to_numpy(entry.values.float()).astype(value_dtype)
+            exact = to_numpy(entry.values.float())
+            with np.errstate(over="ignore"):
+                values = exact.astype(value_dtype)
+            _check_rounding(path, exact, values)
             modules[path] = SdctEntries(values, to_numpy(entry.indices).copy(), shape_of(linear))
         saved: dict[str, Array] = {}
         for path, head in self._heads_of(name).items():
             for parameter_name, parameter in head.named_parameters():
                 saved[f"{path}.{parameter_name}"] = to_numpy(parameter).copy()
         with self._applied(name), self._rounded(name, value_dtype):
-            trained_on = record(self.base, fresh=self._fresh)
+            trained_on = record(self.base, fresh=self._fresh, weights=self._weights())
         base_hash, base_dtype = self._identities[name]
         return SdctAdapter(self.configs[name], modules, saved, base_hash, base_dtype, trained_on)
 
@@ -304,7 +316,7 @@ class SdctModel(nn.Module):
         adapter = self._adapter(name)
         self._activate(None)
         try:
-            self._merged = (name, merge(self.base, adapter))
+            self._merged = (name, merge(self.base, dataclasses.replace(adapter, trained_on=None)))  # on its own base
         except BaseException:
             self._activate(name)
             raise
@@ -407,12 +419,13 @@ class SdctModel(nn.Module):
             task_type=config.task_type or task_type(self.base),
             base_model_name_or_path=config.base_model_name_or_path or base_name(self.base),
         )
-        self.parked[name] = nn.ModuleDict({path.replace(".", "/"): head for path, head in heads.items()})
+        # not by `self.parked[name]`: ModuleDict refuses names such as `train`
+        self.parked._modules[name] = nn.ModuleDict({path.replace(".", "/"): head for path, head in heads.items()})
         for path, linear in targets.items():
             layer = linear._modules.get(CHILD)
             if not isinstance(layer, SdctLayer):
                 layer = SdctLayer(linear)
-            layer.entries[name] = entries[path].requires_grad_(False)
+            layer.entries._modules[name] = entries[path].requires_grad_(False)
 
     def _activate(self, name: str | None) -> None:
         """Apply and train `name` alone; None for the bare base. Moves saved modules in and out of the base."""
@@ -457,13 +470,7 @@ class SdctModel(nn.Module):
             for name, parameter in self.named_parameters()
             if parameter.requires_grad and f".{CHILD}.entries." not in name and not name.startswith(tuple(own))
         ]
-        changed = []
-        if self._merged is None:  # else its weights hold the adapter; unmerging restores every bit
-            with self.disable_adapter():
-                now = checksums(self.base)
-            for name, (dtype, total) in self._sums.items():
-                if name in now and now[name][0] == dtype and now[name][1] != total:
-                    changed.append(name)
+        changed = [*self._moved, *self._changed()]
         for names, what in ((trains, "requires gradients"), (changed, "is not what it was when adapters were added")):
             if names:
                 raise ConfigError(
@@ -471,6 +478,40 @@ class SdctModel(nn.Module):
                     "and modules_to_save only: freeze it, name its module in modules_to_save, or keep all of it with "
                     "merge_and_unload() and save_pretrained"
                 )
+
+    def _changed(self) -> list[str]:
+        """Names of the base's tensors beside what adapters change that are not what they have to be now."""
+        with contextlib.nullcontext() if self._merged is not None else self.disable_adapter():
+            found = checksums(self.base, self._sums_dtype)
+        own = self._own() if self._merged is not None else ()  # its weights hold the adapter
+        return [
+            name
+            for name, (dtype, total) in self._now.items()
+            if name in found and found[name][0] == dtype and found[name][1] != total and not name.startswith(own)
+        ]
+
+    def _own(self) -> tuple[str, ...]:
+        """How the names of those tensors of the base begin that adapters change or replace."""
+        heads = {f"{path}." for name in self.configs for path in self._heads_of(name)}
+        return (*sorted(heads), *(f"{path}.weight" for path, _, _ in self._layers()))
+
+    def _weights(self) -> Weights | None:
+        own = self._own()
+        fresh = set(self._fresh or ())
+        kept = {n: total for n, total in self._sums.items() if not n.startswith(own) and n not in fresh}
+        return weights_of(kept, self._sums_dtype) if kept else None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SdctModel:
+        """As `nn.Module` casts and moves; what changed before a cast is found out now."""
+        first = next((p for p in self.base.parameters() if p.is_floating_point() and not p.is_meta), None)
+        casts = bool(self._now) and first is not None and fn(first.detach().new_empty(0)).dtype != first.dtype
+        if casts:
+            self._moved += [name for name in self._changed() if name not in self._moved]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if casts:
+            with contextlib.nullcontext() if self._merged is not None else self.disable_adapter():
+                self._now = checksums(self.base, self._sums_dtype)
+        return self
 
     def _check_new(self, name: str) -> None:
         check_adapter_name(name)
@@ -498,6 +539,19 @@ class SdctModel(nn.Module):
     def _refuse_merged(self, what: str) -> None:
         if self._merged is not None:
             raise ConfigError(f"adapter {self._merged[0]!r} is merged into the base; call unmerge before {what}")
+
+
+def _check_rounding(path: str, exact: Array, values: Array) -> None:
+    """Refuse to lose a module's coefficients below the range of a half type, as a large `scaling` has them lie.
+
+    Rounding alone costs at most 2^-9 of each; values beyond the range are infinite, which `SdctEntries` refuses.
+    """
+    size, lost = np.linalg.norm(exact), np.linalg.norm(exact - values.astype(np.float32))
+    if np.isfinite(values.astype(np.float32)).all() and lost > 0.01 * size:
+        raise ConfigError(
+            f"the coefficients of {path!r} (largest {np.abs(exact).max():.1e}) lie below the range of {values.dtype}: "
+            f"{100 * lost / size:.0f} % would be lost; save them in float32 or bfloat16"
+        )
 
 
 def _unwrap(base: nn.Module) -> nn.Module:

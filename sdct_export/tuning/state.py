@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..adapter.config import SdctConfig
 from ..adapter.folder import fields_of
 from ..adapter.state import State, decode_state, encode_state
-from ..adapter.training import check_class
-from ..base.training import class_name, record
+from ..adapter.training import Weights, check_class
+from ..base.training import check_config, check_weights, class_name, model_config, record
 from ..errors import AdapterFormatError, BaseMismatchError, ConfigError
 
 _LABEL = Path("the state dict")
@@ -31,13 +31,17 @@ class Described(NamedTuple):
 
 
 def describe(
-    base: nn.Module, adapters: Mapping[str, Described], active: str | None, fresh: tuple[str, ...] | None
+    base: nn.Module,
+    adapters: Mapping[str, Described],
+    active: str | None,
+    fresh: tuple[str, ...] | None,
+    weights: Weights | None,
 ) -> Tensor:
     """uint8 `[bytes]`: what `adapter.state` reads.
 
     The training probe is that of the active adapter, with which `base` computes now; the others have none here.
     """
-    now = record(base, fresh=fresh)
+    now = record(base, fresh=fresh, weights=weights)
     plain = dataclasses.replace(now, probe=None)
     records = {name: now if name == active else plain for name in adapters}
     fields = {
@@ -74,7 +78,10 @@ def check_described(described: object, base: nn.Module, adapters: Mapping[str, D
             )
         trained = state.records[name]
         if trained is not None:
-            check_class(trained, class_name(base), label=f"adapter {name!r} of {_LABEL}")
+            label = f"adapter {name!r} of {_LABEL}"
+            check_class(trained, class_name(base), label=label)
+            check_config(trained, model_config(base), label=label)
+            check_weights(trained, base, label=label)
         hashes = {own.base_hash, fields.get("base_model_hash")} - {None}
         if len(hashes) > 1 and own.base_dtype == fields.get("base_model_dtype"):  # two that can be compared
             raise BaseMismatchError(

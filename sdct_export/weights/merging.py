@@ -53,6 +53,7 @@ from ..base.training import (
     check_config,
     check_probe,
     check_record,
+    check_weights,
     class_name,
     class_of,
     model_config,
@@ -280,8 +281,10 @@ def _compare(folder: Path, size: int, trained: TrainingRecord, task_type: str | 
             f"more memory than is free ({free / 2**30:.1f} GiB)",
             stacklevel=3,
         )
-    elif trained.probe is not None:
-        check_probe(trained, load_base(folder, task_type, model_class=model_class), None, label="the merged model")
+    else:
+        model = load_base(folder, task_type, model_class=model_class)
+        check_probe(trained, model, None, label="the merged model")
+        check_weights(trained, model, label="the merged model")
 
 
 def _check_base_hash(adapter: SdctAdapter, base: Checkpoint, structure: Structure, label: str) -> None:

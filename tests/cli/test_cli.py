@@ -279,6 +279,12 @@ def test_run_arrays_with_one_adapter_per_row(bundle: Path, tmp_path: Path) -> No
     assert np.abs(want["hidden"] - plain["hidden"]).max() > 0.1
 
 
+def test_an_input_is_given_once(bundle: Path) -> None:
+    result = CliRunner().invoke(main, ["run", str(bundle), "--input", "x=a.npy", "--input", "x=b.npy"])
+    assert result.exit_code == 2
+    assert "give --input once for each name" in result.stderr
+
+
 def test_run_text(bundle: Path) -> None:
     lines = invoke("run", bundle, "--text", "a b", "--text", "g", "--adapter", "b").stdout.splitlines()
     assert lines[0].split("\t") == ["row", "adapter", "label", "probability"]

@@ -48,6 +48,15 @@ def test_settings_of_the_tokenizer_are_kept(bundle: Bundle) -> None:
         assert got["input_ids"].shape == (1, tokens)
 
 
+def test_the_length_that_a_tokenizer_was_saved_with_is_not_the_model_s(bundle: Bundle) -> None:
+    """transformers cuts at `model_max_length`, whatever truncation stands in `tokenizer.json`."""
+    write_tokenizer(bundle.path, model_max_length=6)
+    raw = json.loads((bundle.path / "tokenizer.json").read_text())
+    raw["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    (bundle.path / "tokenizer.json").write_text(json.dumps(raw))
+    assert encode_text(bundle, ["a b c d"])["input_ids"].tolist() == [[2, 4, 5, 6, 7, 3]]
+
+
 def test_token_types_where_the_model_wants_them(bundle: Bundle) -> None:
     more = dataclasses.replace(bundle, inputs=(*bundle.inputs, TensorSpec("token_type_ids", "int64", ("batch", "s"))))
     assert encode_text(more, ["a b"])["token_type_ids"].tolist() == [[0, 0, 0, 0]]

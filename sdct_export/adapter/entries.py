@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+# numpy first: imported by ml_dtypes' C code it would print the traceback of a signal that comes meanwhile
+import numpy as np  # isort: skip
 import ml_dtypes
-import numpy as np
 import numpy.typing as npt
 
 from ..errors import AdapterFormatError, BaseMismatchError

@@ -281,7 +281,7 @@ def test_a_diverged_training_is_not_saved(tmp_path: Path) -> None:
     ("fields", "error", "message"),
     [
         ({"target_modules": ["q_proj"]}, ConfigError, r"target_modules \['q_proj'\].*named classifier, dense, key"),
-        ({"target_modules": ["word_embeddings"]}, UnsupportedError, "word_embeddings', a Embedding"),
+        ({"target_modules": ["word_embeddings"]}, UnsupportedError, "word_embeddings', an Embedding"),
         ({"target_modules": ["attention"]}, UnsupportedError, "attention', a BertAttention"),
         ({"n_coefficients": 48 * 48 + 1}, ConfigError, "layer.0.attention.self.query' is 48 x 48 and has only 2304"),
         ({"selection": "top"}, ConfigError, "sdct-export project"),

@@ -21,6 +21,7 @@ from pooled_class import MeanPooled
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
+from trained_model import trained
 
 from sdct_export import (
     SdctAdapter,
@@ -66,16 +67,6 @@ def distilbert(tmp_path: Path) -> Path:
 
 def config(targets: list[str], heads: list[str] | None = None, **more: Any) -> SdctConfig:
     return SdctConfig(targets, n_coefficients=40, modules_to_save=heads, task_type="SEQ_CLS", **more)
-
-
-def trained(model: SdctModel, seed: int = 0) -> SdctModel:
-    """What training leaves: values and heads that are not what they were."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += torch.randn(parameter.shape, generator=generator) * 0.5
-    return model
 
 
 def logits(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> np.ndarray[Any, Any]:

@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import nn
+from trained_model import trained
 
 from sdct_export import (
     SdctConfig,
@@ -49,15 +50,6 @@ def gpt2(tmp_path: Path) -> Path:
     )
     transformers.GPT2Model(config).save_pretrained(tmp_path / "gpt2")
     return tmp_path / "gpt2"
-
-
-def trained(model: SdctModel, seed: int = 0) -> SdctModel:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += torch.randn(parameter.shape, generator=generator) * 0.5
-    return model
 
 
 def classifier(folder: Path, pad: int | None = None, labels: int = 2) -> nn.Module:

@@ -20,7 +20,7 @@ from ..errors import BaseMismatchError, ConfigError
 from .adapter import SdctAdapter
 from .config import SdctConfig
 from .entries import Array, SdctEntries
-from .training import TrainingRecord, config_differences
+from .training import TrainingRecord, Weights, config_differences
 
 _T = TypeVar("_T")
 
@@ -242,7 +242,25 @@ def _record(adapters: Mapping[str, SdctAdapter]) -> TrainingRecord | None:
                 f"{first} and {name} were trained with another {field} in the model's configuration ({one!r} and "
                 f"{other!r}); combine adapters of one model"
             )
-    return TrainingRecord(model_class, fresh, labels, None, configs.get(first))
+    return TrainingRecord(model_class, fresh, labels, None, configs.get(first), _weights(records))
+
+
+def _weights(records: Mapping[str, TrainingRecord]) -> Weights | None:
+    """Checksums of what no adapter changes, which must be alike; None where they were taken in different types."""
+    known = {name: record.weights for name, record in records.items() if record.weights is not None}
+    first = next(iter(known), "")
+    for name, weights in known.items():
+        if weights.dtype != known[first].dtype:
+            return None
+        if known[first].differing(weights.sums):
+            raise BaseMismatchError(
+                f"{first} and {name} were trained on bases with other weights beside the adapted ones; combine "
+                "adapters of one base"
+            )
+    if len(known) < len(records):
+        return None
+    common = set.intersection(*(set(weights.sums) for weights in known.values()))
+    return Weights(known[first].dtype, {key: known[first].sums[key] for key in sorted(common)})
 
 
 def _common(what: str, values: Mapping[str, _T | None]) -> _T | None:

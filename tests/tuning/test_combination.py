@@ -206,6 +206,15 @@ def test_the_record_keeps_class_and_labels_and_has_no_probe_without_a_base() -> 
     )
     with pytest.raises(BaseMismatchError, match="another num_attention_heads"):
         combine([other, replaced(one, trained_on=record)])
+    assert one.trained_on.weights is not None
+    sums = dict(one.trained_on.weights.sums)
+    sums[next(iter(sums))] += 1
+    record = dataclasses.replace(one.trained_on, weights=dataclasses.replace(one.trained_on.weights, sums=sums))
+    with pytest.raises(BaseMismatchError, match="bases with other weights beside the adapted ones"):
+        combine([other, replaced(one, trained_on=record)])
+    half = dataclasses.replace(one.trained_on.weights, dtype="float16")
+    record = dataclasses.replace(one.trained_on, weights=half)
+    assert combine([other, replaced(one, trained_on=record)]).adapter.trained_on.weights is None  # type: ignore[union-attr]
 
 
 def test_on_a_base_the_combination_is_recorded_and_exports(tmp_path: Path) -> None:

@@ -251,19 +251,18 @@ def _prepare(
             f"a {type(model).__name__} is for {known}, not for {task_type}; leave --task (task_type) out"
         )
     label_head = _label_head(model, named)
+    sums = functools.cache(functools.partial(checksums, model))
     for name, adapter in named.items():
         check_base(adapter, model, label=f"adapter {name!r}")
-        check_record(adapter, model, fresh, label=f"adapter {name!r}")
+        check_record(adapter, model, fresh, label=f"adapter {name!r}", sums=sums)
         _check_names(f"adapter {name!r}", adapter, label_head)
     shapes = _shapes(model, named)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     if task is None:
         task = task_type_of(model) or "FEATURE_EXTRACTION"
     digests = model_digests(model, shapes)
-    sums = {
-        name: {str(k): v for k, v in weights_of(checksums(model, name), name).sums.items()} for name in DTYPE_NAMES
-    }
-    return _Base(model, tail, source, task, dtype, shapes, model_hash(model, shapes, dtype), digests, sums)
+    weights = {n: {str(key): total for key, total in weights_of(sums(n), n).sums.items()} for n in DTYPE_NAMES}
+    return _Base(model, tail, source, task, dtype, shapes, model_hash(model, shapes, dtype), digests, weights)
 
 
 def _complete(base: _Base, dtype: str) -> None:

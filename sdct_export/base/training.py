@@ -33,6 +33,8 @@ from .model import CHILD, to_numpy
 from .reference import run_adapted, run_model
 
 BATCH, SEQUENCE, PADDED = 2, 8, 3  # rows and tokens of the probe, and how many of the last row are padding
+Sums = Callable[[str], Mapping[str, tuple[torch.dtype, int]]]  # `checksums` of a model, by dtype
+_CAST = 1 << 24  # elements cast at a time, so that no copy of a large table lies in memory
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -164,9 +166,10 @@ def checksums(model: nn.Module, dtype: str | None = None) -> dict[str, tuple[tor
         if f".{CHILD}.entries." in f".{name}" or name not in kept:
             continue
         if tensor.is_floating_point() and not tensor.is_meta and tensor.numel():
-            cast = tensor.detach().to(target).contiguous()
-            bits = cast.view(_INTEGERS[cast.element_size()])
-            rows = bits.reshape(len(bits) if bits.ndim > 1 else bits.numel(), -1).sum(1, dtype=torch.int64)
+            flat = tensor.detach().reshape(len(tensor) if tensor.ndim > 1 else tensor.numel(), -1)
+            parts = (part.to(target).contiguous() for part in torch.split(flat, max(1, _CAST // flat.shape[1])))
+            by_part = [part.view(_INTEGERS[part.element_size()]).sum(1, dtype=torch.int64) for part in parts]
+            rows = torch.cat(by_part)
             odd = torch.arange(len(rows), device=rows.device, dtype=torch.int64) * 2 + 1
             sums[name] = (tensor.dtype, int((rows * odd).sum()))
     return sums
@@ -177,19 +180,22 @@ def weights_of(sums: Mapping[str, tuple[torch.dtype, int]], dtype: str) -> Weigh
     return Weights(dtype, {zlib.crc32(name.encode()): total for name, (_, total) in sums.items()})
 
 
-def check_weights(trained: TrainingRecord, model: nn.Module, *, label: str = "the adapter") -> None:
+def check_weights(
+    trained: TrainingRecord, model: nn.Module, *, label: str = "the adapter", sums: Sums | None = None
+) -> None:
     """Raise `BaseMismatchError` where a weight of `model` that an adapter leaves as it is is not what it was.
 
-    A model in a type that holds less than the one the checksums were taken in cannot be compared.
+    A model in a type that holds less than the one the checksums were taken in cannot be compared. `sums` gives the
+    model's `checksums` in a type, where somebody keeps them.
     """
     if trained.weights is None or any(parameter.is_meta for parameter in model.parameters()):
         return
     recorded = trained.weights.dtype
     if torch.promote_types(getattr(torch, recorded), getattr(torch, own := float_dtype(model))) != getattr(torch, own):
         return
-    sums = checksums(model, recorded)
-    keys = {zlib.crc32(name.encode()): name for name in sums}
-    differing = trained.weights.differing({key: sums[name][1] for key, name in keys.items()})
+    found = checksums(model, recorded) if sums is None else sums(recorded)
+    keys = {zlib.crc32(name.encode()): name for name in found}
+    differing = trained.weights.differing(weights_of(found, recorded).sums)
     if differing:
         raise BaseMismatchError(
             f"{label} was trained on a base with another {keys[differing[0]]!r} ({len(differing)} such tensors); use "
@@ -198,7 +204,12 @@ def check_weights(trained: TrainingRecord, model: nn.Module, *, label: str = "th
 
 
 def check_record(
-    adapter: SdctAdapter, model: nn.Module, fresh: tuple[str, ...] | None = None, *, label: str = "the adapter"
+    adapter: SdctAdapter,
+    model: nn.Module,
+    fresh: tuple[str, ...] | None = None,
+    *,
+    label: str = "the adapter",
+    sums: Sums | None = None,
 ) -> None:
     """Raise `BaseMismatchError` unless `model` is what `adapter` was trained on: its class, and what it computes.
 
@@ -218,7 +229,7 @@ def check_record(
         )
     if trained is not None:
         check_probe(trained, model, adapter, label=label)
-        check_weights(trained, model, label=label)
+        check_weights(trained, model, label=label, sums=sums)
 
 
 def check_probe(

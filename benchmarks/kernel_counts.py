@@ -5,15 +5,14 @@
 
 The kernels' PTX runs on the CPU (plugins/tests/ptx), which counts what each warp does, so that the figures are the
 same on every machine; each run's output is checked against scipy. n = 700 coefficients a projection, bfloat16, one
-adapter a row, as many tokens as blocks take turns over (prefill), or one (decode). `--lines` names the source lines
-that cost most.
+adapter a row, the tokens of one multiprocessor of 132 that share 8192 (prefill), or one (decode). `--lines` names the
+source lines that cost most.
 
-Model: a launch takes as long as its scarcest resource, and a constant for launching. Of every multiprocessor, by the
-blocks it gets: instructions at 4 a cycle; wavefronts and sectors / 4 at one a cycle (shared memory and first-level
-cache are one); a chain of 500 cycles a barrier, as many chains one after another as do not fit at once. Of the device:
-32 bytes a sector from the second-level cache; the bytes of x and y (read and written) from memory. It knows nothing of
-what overlaps badly: a lower bound. Registers are ptxas's; blocks of a multiprocessor follow from registers, threads
-and memory.
+Model: a launch takes as long as its scarcest resource, and a constant for launching. Of the busiest multiprocessor:
+instructions at 4 a cycle; wavefronts and sectors / 4 at one a cycle (shared memory and first-level cache are one); a
+chain of 500 cycles a barrier. Of the device: 32 bytes a sector from the second-level cache; the bytes of x and y (read
+and written) from memory. It knows nothing of what overlaps badly: a lower bound. Registers are ptxas's; blocks of a
+multiprocessor follow from registers, threads and memory.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "tests" / "gpu")]
 from native_cases import DTYPES, check, make  # noqa: E402
 from native_gpu import Gpu, OnDevice  # noqa: E402
 
-N, PREFILL, COUNTED = 700, 8192, 16  # coefficients; tokens of the model's prefill; tokens that are counted
+N, PREFILL, COUNTED = 700, 8192, 62  # coefficients; tokens of the model's prefill; of one multiprocessor of an H200
 LAUNCH_US, BARRIER_CYCLES = 2.0, 500
 MODELS = {  # hidden size, query, key and value, feed-forward
     "MiniLM": (384, 384, 384, 1536),
@@ -170,18 +169,17 @@ def resident(device: Device, used: int, threads: int, shared: int) -> int:
     return max(1, min(by_registers, by_memory, device.threads // (warps * 32), device.blocks))
 
 
-def model_us(device: Device, counted: dict[str, Any], tokens: int, used: int, data_bytes: float) -> float:
+def model_us(device: Device, counted: dict[str, Any], tokens: int, data_bytes: float) -> float:
     """Microseconds of a launch over `tokens` tokens, from what `counted["tokens"]` of them cost; see above."""
     scale = tokens / counted["tokens"]
-    blocks = counted["blocks"] * scale
-    most = math.ceil(blocks / device.multiprocessors) / blocks  # share of all work that the busiest multiprocessor has
-    chains = math.ceil(
-        blocks / device.multiprocessors / resident(device, used, counted["threads"], counted["shared_bytes"])
-    )
+    if counted["tokens"] > 1:  # all counted ones ran on one multiprocessor
+        share = math.ceil(tokens / device.multiprocessors) / counted["tokens"]
+    else:  # a block on a multiprocessor
+        share = math.ceil(counted["blocks"] / device.multiprocessors) / counted["blocks"]
     cycles = max(
-        counted["instructions"] * scale * most / 4,
-        (counted["wavefronts"] + counted["sectors"] / 4) * scale * most,
-        chains * counted["barriers"] * BARRIER_CYCLES,
+        counted["instructions"] * share / 4,
+        (counted["wavefronts"] + counted["sectors"] / 4) * share,
+        counted["barriers"] * BARRIER_CYCLES * (share if counted["tokens"] > 1 else 1),
     )
     seconds = max(
         cycles / device.gigahertz / 1e9,
@@ -199,7 +197,7 @@ def case_of(
     tokens = 1 if decode else COUNTED
     # of a prefill nothing depends on the number of multiprocessors but how few tokens are enough of one
     launches = {
-        shared: counter.count(d_in, d_out, tokens, shared, 132 if decode else COUNTED // 2) | {"tokens": tokens}
+        shared: counter.count(d_in, d_out, tokens, shared, 132 if decode else 1) | {"tokens": tokens}
         for shared in sorted({device.shared_block for device in DEVICES.values()})
     }
     counted = launches[DEVICES["h200"].shared_block]
@@ -219,7 +217,7 @@ def case_of(
             row[f"blocks_per_multiprocessor_{key}"] = resident(
                 device, threads, launch["threads"], launch["shared_bytes"]
             )
-            row[f"model_us_{key}"] = round(model_us(device, launch, 1 if decode else PREFILL, threads, data), 1)
+            row[f"model_us_{key}"] = round(model_us(device, launch, 1 if decode else PREFILL, data), 1)
     return row
 
 
@@ -268,7 +266,7 @@ def main() -> None:
         counter, name = Counter(options.build), found[-1]["name"]
         d_in, d_out = groups()[name.rsplit(" ", 2)[0]]
         tokens = 1 if name.endswith("decode") else COUNTED
-        counter.count(d_in, d_out, tokens, DEVICES["h200"].shared_block, 132 if tokens == 1 else COUNTED // 2)
+        counter.count(d_in, d_out, tokens, DEVICES["h200"].shared_block, 132 if tokens == 1 else 1)
         print(f"\n{name}, a token: line, instructions, wavefronts, ideal wavefronts, sectors")
         for line, numbers in sorted(counter.lines(), key=lambda pair: -pair[1][1] - pair[1][0] // 4)[:10]:
             print(f"  {line:20}", *(f"{n / tokens:9.0f}" for n in numbers))

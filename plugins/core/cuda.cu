@@ -13,8 +13,6 @@
 namespace sdct {
 namespace {
 
-constexpr int kMaxThreads = 512;
-
 thread_local const char* last_error = "";
 
 bool failed(cudaError_t error) {
@@ -24,37 +22,56 @@ bool failed(cudaError_t error) {
   return true;
 }
 
-class GpuBlock {
- public:
-  __device__ __forceinline__ int threads() const { return int(blockDim.x); }
-  template <class F>
-  __device__ __forceinline__ void phase(F f) {
-    f(int32_t(threadIdx.x));
+// grid.x blocks share the tokens, grid.y blocks the projections. A block's threads are its teams' by their y.
+// kShared: working memory on chip, `tables` bytes of tables, and for every team its choices and buffers. Else the buffers are a
+// slice of `workspace`.
+template <class T, bool kShared, bool kDirect>
+__global__ void __launch_bounds__(kDirect || !kShared ? kWideThreads : kBlockThreads, 1)
+    spectral_delta(const __grid_constant__ KernelArgs args, Complex* workspace, int32_t tables, int32_t step) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  const kernel::Team team;
+  const int32_t teams = int32_t(blockDim.y), thread = int32_t(threadIdx.y * blockDim.x + threadIdx.x);
+  if (tables) {
+    const auto copy = [&](const Transform& t) {
+      const auto* from = reinterpret_cast<const uint4*>(t.tables);
+      auto* to = reinterpret_cast<uint4*>(shared + t.shared_table);
+      for (int32_t i = thread; i < t.table_bytes / 16; i += teams * team.threads()) to[i] = from[i];
+    };
+    int32_t copied = 0;  // projections of one length share a copy
+    for (int32_t j = -1; j < args.projections; ++j) {
+      const Transform& t = j < 0 ? args.in : args.out[j];
+      if (t.shared_table < copied) continue;
+      copy(t);
+      copied = t.shared_table + t.table_bytes;
+    }
     __syncthreads();
   }
-};
-
-// grid.x blocks share the tokens, grid.y blocks the projections. kShared: working memory on chip, else a slice of `workspace`.
-template <class T, bool kShared>
-__global__ void __launch_bounds__(kMaxThreads, 1)
-    spectral_delta(const __grid_constant__ KernelArgs args, Complex* workspace, size_t slice, int32_t step) {
-  extern __shared__ __align__(16) unsigned char shared[];
-  Complex* memory = reinterpret_cast<Complex*>(shared);
-  if constexpr (!kShared) memory = workspace + (size_t(blockIdx.y) * gridDim.x + blockIdx.x) * slice;
-  const int32_t first = int32_t(blockIdx.y) * step;
-  GpuBlock block;
-  for (int64_t t = blockIdx.x; t < args.problem.tokens; t += gridDim.x) {
-    kernel::run_token<T>(block, args, memory, t, first, first + step);
+  unsigned char* const own = shared + tables + int32_t(threadIdx.y) * (kernel::kChoiceBytes + (kShared ? args.team_bytes : 0));
+  kernel::Choice* choice = reinterpret_cast<kernel::Choice*>(own);  // of two, in turns
+  kernel::Working memory = {reinterpret_cast<Complex*>(own + kernel::kChoiceBytes), tables ? shared : nullptr};
+  if (!kShared) {
+    memory.buffers = workspace + (size_t(blockIdx.y) * gridDim.x + blockIdx.x) * (args.team_bytes / sizeof(Complex));
+  }
+  for (int64_t t = int64_t(blockIdx.x) * teams + int32_t(threadIdx.y); t < args.problem.tokens;) {
+    kernel::run_token<T, kShared, kDirect>(team, args, memory, choice, t, int32_t(blockIdx.y) * step, (int32_t(blockIdx.y) + 1) * step);
+    t = choice->token + int64_t(gridDim.x) * teams;
+    choice = reinterpret_cast<kernel::Choice*>(own) + (choice == reinterpret_cast<kernel::Choice*>(own));
   }
 }
 
-using Kernel = void (*)(KernelArgs, Complex*, size_t, int32_t);
+using Kernel = void (*)(KernelArgs, Complex*, int32_t, int32_t);
 
-Kernel kernel_of(DataType type, bool shared) {
+template <class T>
+Kernel kernel_of(bool shared, bool direct) {
+  if (direct) return shared ? spectral_delta<T, true, true> : spectral_delta<T, false, true>;
+  return shared ? spectral_delta<T, true, false> : spectral_delta<T, false, false>;
+}
+
+Kernel kernel_of(DataType type, bool shared, bool direct) {
   switch (type) {
-    case DataType::kFloat32: return shared ? spectral_delta<float, true> : spectral_delta<float, false>;
-    case DataType::kFloat16: return shared ? spectral_delta<Half, true> : spectral_delta<Half, false>;
-    case DataType::kBFloat16: return shared ? spectral_delta<BFloat16, true> : spectral_delta<BFloat16, false>;
+    case DataType::kFloat32: return kernel_of<float>(shared, direct);
+    case DataType::kFloat16: return kernel_of<Half>(shared, direct);
+    case DataType::kBFloat16: return kernel_of<BFloat16>(shared, direct);
   }
   return nullptr;
 }
@@ -96,23 +113,57 @@ Status upload(const Tables& tables, int device, std::shared_ptr<const DeviceTabl
 
 }  // namespace
 
+// A launch's blocks.
+struct Blocks {
+  int32_t teams = 1;
+  int32_t tables = 0;    // bytes of tables in shared memory
+  int32_t resident = 1;  // of a multiprocessor
+};
+
 class DevicePlan {
  public:
   Shape shape;
   KernelArgs args;  // without a problem
   std::shared_ptr<const DeviceTables> in, out[kMaxProjections];
-  size_t bytes = 0;  // working memory of a block
-  bool shared = false;
-  int threads = 0;
+  bool shared = false;   // working memory is on chip
+  Blocks few, many;      // for as many tokens as multiprocessors, and for more
+  int32_t most_threads = 0, team_threads = 0;  // of a block, of a token
   int multiprocessors = 0;
 
   int32_t split(int64_t tokens) const {  // blocks for the projections: apart while the GPU has room, to cut latency
     return tokens * shape.projections <= multiprocessors ? shape.projections : 1;
   }
-  int64_t blocks(int64_t tokens) const {  // blocks for the tokens
-    return std::min<int64_t>(tokens, shared ? INT32_MAX : 2 * int64_t(multiprocessors));
+  const Blocks& blocks(int64_t tokens) const { return tokens <= 2 * int64_t(multiprocessors) ? few : many; }
+  int64_t grid(int64_t tokens) const {
+    const Blocks& b = blocks(tokens);
+    return std::min<int64_t>((tokens + b.teams - 1) / b.teams, int64_t(multiprocessors) * b.resident);
   }
+  int32_t shared_bytes(const Blocks& b) const { return b.tables + b.teams * (kernel::kChoiceBytes + (shared ? args.team_bytes : 0)); }
 };
+
+namespace {
+
+// The tables that a block has in shared memory: one copy of each length.
+int32_t place_tables(KernelArgs* args) {
+  int32_t bytes = args->in.table_bytes;
+  for (int32_t j = 0; j < args->projections; ++j) {
+    Transform& t = args->out[j];
+    const Transform* same = t.n == args->in.n ? &args->in : nullptr;
+    for (int32_t k = 0; k < j && !same; ++k) same = args->out[k].n == t.n ? &args->out[k] : nullptr;
+    t.shared_table = same ? same->shared_table : bytes;
+    bytes += same ? 0 : t.table_bytes;
+  }
+  return bytes;
+}
+
+// How many blocks a multiprocessor holds; 0 where one is too many.
+int32_t resident(int32_t threads, int32_t bytes, int32_t most_threads, int most_shared, int all_shared, int all_threads) {
+  if (bytes > most_shared) return 0;
+  constexpr int32_t kReserved = 1024;  // bytes of shared memory that the driver takes for each block
+  return std::max(1, std::min({all_threads / threads, all_shared / (bytes + kReserved), most_threads / threads}));
+}
+
+}  // namespace
 
 const char* cuda_error() noexcept { return last_error; }
 
@@ -123,28 +174,48 @@ Status cuda_prepare(const Plan& plan, DevicePlan** device_plan) noexcept {
     auto made = std::make_unique<DevicePlan>();
     made->shape = plan.shape;
     made->args = kernel_args(plan, Problem{});
-    int device = 0, most_shared = 0;
+    int device = 0, most_shared = 0, all_shared = 0, all_threads = 0;
     if (failed(cudaGetDevice(&device)) ||
         failed(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) ||
+        failed(cudaDeviceGetAttribute(&all_shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)) ||
+        failed(cudaDeviceGetAttribute(&all_threads, cudaDevAttrMaxThreadsPerMultiProcessor, device)) ||
         failed(cudaDeviceGetAttribute(&made->multiprocessors, cudaDevAttrMultiProcessorCount, device))) {
       return Status::kCuda;
     }
+    KernelArgs& args = made->args;
     Status status = upload(*plan.in, device, &made->in);
     if (status != Status::kOk) return status;
-    made->args.in = plan.in->view(made->in->memory);
-    int32_t longest = made->args.in.m;
+    args.in = plan.in->view(made->in->memory);
     for (int32_t j = 0; j < plan.shape.projections; ++j) {
       status = upload(*plan.out[j], device, &made->out[j]);
       if (status != Status::kOk) return status;
-      made->args.out[j] = plan.out[j]->view(made->out[j]->memory);
-      longest = std::max(longest, made->args.out[j].m);
+      args.out[j] = plan.out[j]->view(made->out[j]->memory);
     }
-    made->bytes = (block_bytes(made->args) + 15) / 16 * 16;
-    made->shared = made->bytes <= size_t(most_shared);
-    made->threads = std::min(kMaxThreads, std::max(64, (longest / 8 + 31) / 32 * 32));
+    args.table_bytes = place_tables(&args);
+    const auto use = [&](bool shared) {
+      made->shared = shared;
+      made->most_threads = args.direct || !shared ? kWideThreads : kBlockThreads;
+      made->team_threads = team_threads(args, made->most_threads);
+    };
+    const auto fits = [&](const Blocks& b) {
+      return resident(b.teams * made->team_threads, made->shared_bytes(b), made->most_threads, most_shared, all_shared, all_threads);
+    };
+    use(true);
+    if (fits(made->few) == 0) use(false);
+    made->few.resident = fits(made->few);
+    // as many teams on a multiprocessor as can be; with tables on chip at half of that too, since these are read for every token
+    made->many = made->few;
+    for (int32_t teams = 1; made->shared && teams * made->team_threads <= made->most_threads; ++teams) {
+      for (const int32_t tables : {0, args.table_bytes}) {
+        Blocks b{teams, tables, 1};
+        b.resident = fits(b);
+        const auto worth = [](const Blocks& c) { return c.teams * c.resident * (c.tables ? 2 : 1); };
+        if (b.resident > 0 && worth(b) >= worth(made->many)) made->many = b;
+      }
+    }
     if (made->shared) {
       for (const DataType type : {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16}) {
-        if (failed(cudaFuncSetAttribute(kernel_of(type, true), cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared))) {
+        if (failed(cudaFuncSetAttribute(kernel_of(type, true, args.direct), cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared))) {
           return Status::kCuda;
         }
       }
@@ -160,7 +231,7 @@ void cuda_release(DevicePlan* device_plan) noexcept { delete device_plan; }
 
 size_t cuda_workspace_bytes(const DevicePlan& plan, int64_t tokens) noexcept {
   if (plan.shared || tokens <= 0) return 0;
-  return size_t(plan.blocks(tokens)) * plan.shape.projections * plan.bytes;
+  return size_t(plan.grid(tokens)) * plan.shape.projections * plan.args.team_bytes;
 }
 
 Status cuda_run(const DevicePlan& plan, const Problem& problem, void* workspace, size_t workspace_bytes,
@@ -169,21 +240,21 @@ Status cuda_run(const DevicePlan& plan, const Problem& problem, void* workspace,
   if (status != Status::kOk) return status;
   if (problem.tokens == 0) return Status::kOk;
   const int32_t split = plan.split(problem.tokens);
-  const int64_t blocks = plan.blocks(problem.tokens);
+  const Blocks& blocks = plan.blocks(problem.tokens);
+  const int64_t grid_tokens = plan.grid(problem.tokens);
   if (!plan.shared && (!workspace || reinterpret_cast<uintptr_t>(workspace) % 16 != 0 ||
-                       workspace_bytes < size_t(blocks) * split * plan.bytes)) {
+                       workspace_bytes < size_t(grid_tokens) * split * plan.args.team_bytes)) {
     return Status::kWorkspace;
   }
   KernelArgs args = plan.args;
   args.problem = problem;
   args.tokens_per_row = problem.rows > 0 ? std::max<int64_t>(problem.tokens / problem.rows, 1) : 1;
   Complex* memory = static_cast<Complex*>(workspace);
-  size_t slice = plan.bytes / sizeof(Complex);
-  int32_t step = plan.shape.projections / split;
-  void* parameters[] = {&args, &memory, &slice, &step};
-  const dim3 grid{unsigned(blocks), unsigned(split), 1}, block{unsigned(plan.threads), 1, 1};
-  const auto* kernel = reinterpret_cast<const void*>(kernel_of(problem.type, plan.shared));
-  if (failed(cudaLaunchKernel(kernel, grid, block, parameters, plan.shared ? plan.bytes : 0, stream))) {
+  int32_t tables = blocks.tables, step = plan.shape.projections / split;
+  void* parameters[] = {&args, &memory, &tables, &step};
+  const dim3 grid{unsigned(grid_tokens), unsigned(split), 1}, block{unsigned(plan.team_threads), unsigned(blocks.teams), 1};
+  const auto* kernel = reinterpret_cast<const void*>(kernel_of(problem.type, plan.shared, args.direct));
+  if (failed(cudaLaunchKernel(kernel, grid, block, parameters, size_t(plan.shared_bytes(blocks)), stream))) {
     return Status::kCuda;
   }
   return Status::kOk;

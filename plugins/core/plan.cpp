@@ -5,6 +5,7 @@
 #include <map>
 #include <mutex>
 #include <new>
+#include <stdexcept>
 
 #include "cpu.h"
 #include "factorise.h"
@@ -57,62 +58,121 @@ std::vector<int32_t> factorise(int32_t m) {
   return radices;
 }
 
+Divisor divisor(int32_t d) {
+  if (d == 1) return {0, 0};
+  int32_t bits = 1;
+  while (int64_t(1) << bits < d) ++bits;
+  const uint64_t magic = (uint64_t(1) << (20 + bits)) / uint64_t(d) + 1;
+  return {uint32_t(bits <= 12 ? magic << (12 - bits) : magic), bits <= 12 ? 0 : bits - 12};
+}
+
+namespace {
+
+// Radices of the GPU's transform: 16 first where it can read quads of x, odd ones next, a power of two last, as few as there can be.
+std::vector<int32_t> stage_radices(int32_t m, bool even) {
+  std::vector<int32_t> radices, odd;
+  int32_t rest = m, twos = 0;
+  while (rest % 2 == 0) rest /= 2, ++twos;
+  for (; rest % 9 == 0; rest /= 9) odd.push_back(9);
+  for (const int32_t radix : factorise(rest)) odd.push_back(radix);
+  std::sort(odd.rbegin(), odd.rend());
+  if (even && twos >= 4 && m > 16) radices.push_back(16), twos -= 4;
+  radices.insert(radices.end(), odd.begin(), odd.end());
+  for (int32_t left = (twos + 3) / 4; left > 0; --left) {  // the larger ones before the last
+    const int32_t bits = (twos + left - 1) / left;
+    radices.push_back(1 << bits);
+    twos -= bits;
+  }
+  return radices;
+}
+
+}  // namespace
+
 Tables::Tables(int32_t n) {
   Transform& t = transform_;
+  const bool even = n % 2 == 0;
   t.n = n;
-  t.m = n % 2 ? n : n / 2;
-  t.buffer = padded(t.m - 1) + 1;
-  const std::vector<int32_t> radices = factorise(t.m);
+  t.m = even ? n / 2 : n;
+  const std::vector<int32_t> radices = stage_radices(t.m, even);
   t.stages = int32_t(radices.size());
+  if (t.stages > kMaxStages) throw std::length_error("more stages than expected");
+  const int32_t first = t.stages ? t.m / radices[0] : 1;  // stride of the first stage
+  t.pitch = first | 1;
+  t.buffer = t.m / first * t.pitch;
+  t.by_first = divisor(t.m / first);
+  if (t.stages > 1 && even) {
+    const int32_t last = radices.back();
+    t.fused = (radices[0] == 16 && n % 32 == 0 ? kReads : 0) | (last <= 16 && last % 2 == 0 ? kSplits : 0);
+  }
 
   std::vector<Complex> twiddle;
   int32_t length = t.m;
   for (int32_t s = 0; s < t.stages; ++s) {
     const int32_t radix = radices[s], stride = length / radix;
-    t.radix[s] = radix;
-    t.twiddle_offset[s] = int32_t(twiddle.size());
-    for (int32_t j = 1; j < radix; ++j) {
-      for (int32_t q = 0; q < stride; ++q) twiddle.push_back(unit(double(j) * q, length));
+    Stage& stage = t.stage[s];
+    stage.radix = radix;
+    stage.stride = stride;
+    stage.by_stride = divisor(stride);
+    stage.twiddle = int32_t(twiddle.size());
+    const bool direct = radix % 2 && radix > 9;
+    t.direct = t.direct || direct;
+    for (int32_t j = 1; j < radix && stride > 1; j += direct ? 1 : 2) {
+      for (int32_t q = 0; q < stride; ++q) {
+        twiddle.push_back(unit(double(j) * q, length));
+        if (!direct) twiddle.push_back(unit(double(j + 1) * q, length));
+      }
     }
-    if (radix > kMaxRegisterRadix) {
-      t.root_offset[s] = int32_t(twiddle.size());
-      for (int32_t j = 0; j < radix; ++j) twiddle.push_back(unit(j, radix));
-      // enough butterflies at once to keep a block busy
-      const int32_t pairs = (radix + 1) / 2, butterflies = t.m / radix;
-      const int32_t at_once = std::max((512 / pairs + 7) / 8 * 8, 1);
-      t.scratch = std::max(t.scratch, radix * std::min(butterflies, at_once));
+    stage.roots = int32_t(twiddle.size());
+    if (radix > kMaxSums) {
+      for (int32_t j = 0; j <= radix; ++j) twiddle.push_back(unit(j, radix));  // an even number of them
+      t.scratch = std::max(t.scratch, radix);
+    } else if (direct) {
+      const int32_t groups = ((radix - 1) / 2 + kSums - 1) / kSums;
+      for (int64_t j = 1; j <= (radix - 1) / 2; ++j) {
+        for (int64_t g = 0; g < groups; ++g) {
+          for (int64_t k = 1; k <= (kSums + 1) / 2 * 2; ++k) twiddle.push_back(unit(double(j * (g * kSums + k) % radix), radix));
+        }
+      }
     }
     length = stride;
   }
-  phase_offset_ = aligned(twiddle.size() * sizeof(Complex));
-  omega_offset_ = phase_offset_ + aligned((t.m + 1) * sizeof(Complex));
-  position_offset_ = omega_offset_ + (n % 2 ? 0 : aligned((t.m + 1) * sizeof(Complex)));
-  blob_.resize(position_offset_ + aligned((t.m + 1) * sizeof(int32_t)));
+  t.split = int32_t(aligned(twiddle.size() * sizeof(Complex)));
+  t.place = t.split + int32_t(aligned(size_t(even ? (t.m / 2 + 1) * 2 : t.m) * sizeof(Complex)));
+  const bool wide = 2 * t.buffer > UINT16_MAX;
+  t.table_bytes = t.place + int32_t(aligned(size_t(n) * (wide ? sizeof(int32_t) : sizeof(uint16_t))));
+  blob_.resize(size_t(t.table_bytes));
 
   std::copy(twiddle.begin(), twiddle.end(), reinterpret_cast<Complex*>(blob_.data()));
-  auto* phase = reinterpret_cast<Complex*>(blob_.data() + phase_offset_);
-  auto* omega = reinterpret_cast<Complex*>(blob_.data() + omega_offset_);
-  auto* position = reinterpret_cast<int32_t*>(blob_.data() + position_offset_);
-  for (int32_t k = 0; k <= t.m; ++k) {
-    phase[k] = unit(k, 4.0 * n, 1.0 / std::sqrt(2.0 * n));
-    if (n % 2 == 0) omega[k] = unit(k, n);
-    int32_t rest = k % t.m, place = 0, stride = t.m;
-    for (int32_t s = 0; s < t.stages; ++s) {
-      stride /= t.radix[s];
-      place += rest % t.radix[s] * stride;
-      rest /= t.radix[s];
+  auto* split = reinterpret_cast<Complex*>(blob_.data() + t.split);
+  for (int32_t k = 0; k < (even ? t.m / 2 + 1 : t.m); ++k) {
+    const double scale = 1.0 / std::sqrt(2.0 * n);
+    const Complex phase = unit(k, 4.0 * n, scale);
+    if (even) {
+      split[2 * k] = phase;
+      const Complex turned = unit(5.0 * k, 4.0 * n, scale);  // phase x exp(-2 i pi k / n)
+      split[2 * k + 1] = {turned.im, -turned.re};
+    } else {
+      split[k] = phase;
     }
-    position[k] = padded(place);
+  }
+  for (int32_t c = 0; c < n; ++c) {
+    int32_t rest = (c < t.m ? c : n - c) % t.m, place = 0;
+    for (int32_t s = 0; s < t.stages; ++s) {
+      place += rest % radices[s] * (s ? t.stage[s].stride : t.pitch);
+      rest /= radices[s];
+    }
+    place = 2 * place + (c >= t.m);
+    if (wide) {
+      reinterpret_cast<int32_t*>(blob_.data() + t.place)[c] = place;
+    } else {
+      reinterpret_cast<uint16_t*>(blob_.data() + t.place)[c] = uint16_t(place);
+    }
   }
 }
 
 Transform Tables::view(const void* base) const {
   Transform t = transform_;
-  const auto* bytes = static_cast<const unsigned char*>(base);
-  t.twiddle = reinterpret_cast<const Complex*>(bytes);
-  t.phase = reinterpret_cast<const Complex*>(bytes + phase_offset_);
-  t.omega = reinterpret_cast<const Complex*>(bytes + omega_offset_);
-  t.position = reinterpret_cast<const int32_t*>(bytes + position_offset_);
+  t.tables = static_cast<const unsigned char*>(base);
   return t;
 }
 
@@ -135,19 +195,27 @@ KernelArgs kernel_args(const Plan& plan, const Problem& problem) {
   args.entries = plan.offset[plan.shape.projections];
   args.tokens_per_row = problem.rows > 0 ? std::max<int64_t>(problem.tokens / problem.rows, 1) : 1;
   args.in = plan.in->view(plan.in->blob().data());
-  args.scratch = std::max(args.in.scratch, std::min(args.entries, kEntriesAtOnce));
+  int32_t scratch = args.in.scratch;
+  args.direct = args.in.direct;
   for (int32_t j = 0; j < args.projections; ++j) {
     args.capacity[j] = plan.shape.capacity[j];
     args.offset[j] = plan.offset[j];
     args.out[j] = plan.out[j]->view(plan.out[j]->blob().data());
     args.acc_buffer = std::max(args.acc_buffer, args.out[j].buffer);
-    args.scratch = std::max(args.scratch, args.out[j].scratch);
+    scratch = std::max(scratch, args.out[j].scratch);
+    args.direct = args.direct || args.out[j].direct;
   }
+  const auto even = [](int32_t i) { return i + i % 2; };  // 16 bytes
+  args.acc_buffer = even(args.acc_buffer);
+  args.team_bytes = int32_t(sizeof(Complex)) * (even(args.in.buffer) + args.acc_buffer + even(scratch));
   return args;
 }
 
-size_t block_bytes(const KernelArgs& args) {
-  return (size_t(args.in.buffer) + args.acc_buffer + args.scratch) * sizeof(Complex);
+int32_t team_threads(const KernelArgs& args, int32_t most) {
+  int32_t longest = args.in.m;
+  for (int32_t j = 0; j < args.projections; ++j) longest = std::max(longest, args.out[j].m);
+  const int32_t butterflies = (longest + 15) / 16, turns = (butterflies + most - 1) / most;
+  return std::max(kTeamThreads, ((butterflies + turns - 1) / turns + 31) / 32 * 32);
 }
 
 const char* status_text(Status status) noexcept {

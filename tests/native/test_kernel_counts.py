@@ -52,11 +52,11 @@ def test_counts_are_the_recorded_ones(kernel_counts: ModuleType, monkeypatch: py
 def test_the_model_of_time(kernel_counts: ModuleType) -> None:
     """By hand: each resource in turn is the scarcest one of an H200, and a device holds as many blocks as fit."""
     h200 = kernel_counts.DEVICES["h200"]
-    counted: dict[str, Any] = {"tokens": 16, "blocks": 16, "threads": 256, "shared_bytes": 50000, "barriers": 1}
+    counted: dict[str, Any] = {"tokens": 16, "blocks": 1, "threads": 256, "shared_bytes": 50000, "barriers": 1}
     counted |= {"instructions": 0, "wavefronts": 0, "sectors": 0}
 
     def model(tokens: int = 13200, data: float = 0.0, **changes: int) -> float:
-        return kernel_counts.model_us(h200, counted | changes, tokens, 70, data) - kernel_counts.LAUNCH_US
+        return kernel_counts.model_us(h200, counted | changes, tokens, data) - kernel_counts.LAUNCH_US
 
     assert kernel_counts.resident(h200, 70, 256, 50000) == 3  # 72 x 32 x 8 = 18432 registers of 65536
     assert kernel_counts.resident(h200, 32, 256, 50000) == 4  # 51024 bytes of 233472
@@ -66,7 +66,10 @@ def test_the_model_of_time(kernel_counts: ModuleType) -> None:
     # 100 tokens on each of 132 multiprocessors
     assert model(instructions=16 * 40000) == pytest.approx(100 * 40000 / 4 / 1755)
     assert model(wavefronts=16 * 30000, sectors=16 * 400) == pytest.approx(100 * (30000 + 100) / 1755)
-    assert model(barriers=40) == pytest.approx(math.ceil(100 / 3) * 40 * 500 / 1755)
+    assert model(barriers=40) == pytest.approx(100 / 16 * 40 * 500 / 1755)
     assert model(sectors=16 * 100000) == pytest.approx(13200 * 100000 * 32 / 5.5e6)
     assert model(data=1e6) == pytest.approx(13200 * 1e6 / 4.8e6)
-    assert model(tokens=1, barriers=10, instructions=16 * 400) == pytest.approx(10 * 500 / 1755)
+    assert model(tokens=13201, instructions=16 * 40000) == pytest.approx(101 * 40000 / 4 / 1755)  # one has one more
+    decode = {"tokens": 1, "blocks": 2}  # each has a multiprocessor
+    assert model(1, **decode, barriers=10) == pytest.approx(10 * 500 / 1755)
+    assert model(1, **decode, instructions=80000) == pytest.approx(40000 / 4 / 1755)

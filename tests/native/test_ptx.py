@@ -202,6 +202,9 @@ def expected(name: str, values: list[int]) -> list[int] | None:
     if name.endswith(":unpack"):
         bits = 16 if kind.startswith("b32") else 32
         return [a & ((1 << bits) - 1), a >> bits]
+    if operation == "cvt" and "x2" in parts[-2]:
+        high, low = (convert(parts[-2].removesuffix("x2"), kind, x, parts[1]) for x in (a, b))
+        return [high << 16 | low]
     if operation == "cvt":
         return [convert(parts[-2], kind, a, parts[1])]
     if operation == "setp":
@@ -225,6 +228,8 @@ def expected(name: str, values: list[int]) -> list[int] | None:
             byte = both >> 8 * (choice & 7) & 255
             out |= (255 * (byte >> 7) if choice & 8 else byte) << 8 * k
         return [out]
+    if operation == "popc":
+        return [a.bit_count()]
     if operation == "lop3":
         return [sum((values[3] >> ((a >> k & 1) << 2 | (b >> k & 1) << 1 | (c >> k & 1)) & 1) << k for k in range(32))]
     return [arithmetic(operation, kind.replace("b", "u"), *values)]
@@ -457,6 +462,7 @@ TWIN = "xor.b32 %w2, %w1, 4; mov.u32 %w3, buffer; add.s32 %w3, %w3, %w2;\n"  # i
 
 
 WRITE, READ, READ_OTHER = "st.shared.u32 [%w0], %r0;", "ld.shared.u32 %w4, [%w0];", "ld.shared.u32 %w4, [%w3];"
+WARP_OF = "shr.u32 %w5, %r0, 5; add.s32 %w5, %w5, 1;"  # 1 and 2
 BARRIER, WARP = "bar.sync 0;", "bar.warp.sync -1;"
 HALF = "setp.lt.u32 %p0, %r0, 32;"  # the first warp
 FAULTS = [
@@ -491,7 +497,16 @@ FAULTS = [
     ("div.full.f32 %w0, %w1, %w2;", "instruction div.full.f32 is not supported"),
     ("atom.global.add.u32 %w0, [%rd0], 1;", "instruction atom.global.add.u32 is not supported"),
     ("mov.u32 %w0, %clock;", "operand %clock is not supported"),
-    ("bar.sync 1, 32;", "only barrier 0"),
+    ("bar.sync 1, 96;", "barrier: 64 of 96 threads wait here and 0 have left"),
+    (HALF + "@%p0 ret; bar.sync 1, 64;", "barrier: 32 of 64 threads wait here and 32 have left"),
+    ("bar.sync 1, 32;", "barrier: 64 threads wait for 32"),
+    ("bar.sync 1, 48;", "a barrier is for whole warps"),
+    ("bar.sync 16, 32;", "a block has 16 barriers"),
+    ("bar.sync %r0, 32;", "lanes disagree about a barrier"),
+    (WARP_OF + "add.s32 %w4, %w5, 1; mul.lo.u32 %w4, %w4, 32; bar.sync 1, %w4;", "different numbers of others"),
+    # each warp has a barrier of its own, which orders nothing between them
+    (ADDRESS + NEIGHBOUR + WARP_OF + WRITE + "bar.sync %w5, 32;" + READ_OTHER, "race: thread 32 of block 0 wrote"),
+    (ADDRESS + NEIGHBOUR + WARP_OF + WRITE + BARRIER + READ_OTHER + "bar.sync %w5, 32;" + WRITE, "read what this one writes"),
     ("bra NOWHERE;", "no label NOWHERE"),
     ("add.s32 %w0, %d0, 1;", "another width"),
     (".local .b32 slow;", ".local is not supported"),
@@ -508,6 +523,8 @@ def test_faults_are_named(machine: Machine, body: str, what: str) -> None:
     "body",
     [
         ADDRESS + NEIGHBOUR + WRITE + BARRIER + READ_OTHER + BARRIER + WRITE,
+        ADDRESS + NEIGHBOUR + WRITE + "bar.sync 3, 64;" + READ_OTHER + "bar.sync 4, 64;" + WRITE,
+        ADDRESS + TWIN + WARP_OF + WRITE + "bar.sync %w5, 32;" + READ_OTHER + "bar.sync %w5, 32;" + WRITE,
         ADDRESS + TWIN + WRITE + WARP + READ_OTHER,
         ADDRESS + TWIN + WRITE + WARP + READ_OTHER + WARP + WRITE,
         "mul.wide.u32 %d0, %r0, 2; add.s64 %d0, %d0, %rd0; mov.b16 %h0, 1; st.global.u16 [%d0], %h0;",

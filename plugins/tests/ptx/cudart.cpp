@@ -317,6 +317,8 @@ PTX_EXPORT cudaError_t cudaSetDevice(int device) {
 PTX_EXPORT cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = setting("SDCT_PTX_SHARED", 232448); break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = setting("SDCT_PTX_SHARED", 232448) + 1024; break;
+    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 2048; break;
     case cudaDevAttrMultiProcessorCount: *value = setting("SDCT_PTX_SMS", 132); break;
     case cudaDevAttrL2CacheSize: *value = 1 << 20; break;
     default: return launch_failure("device attribute " + std::to_string(attribute) + " is not supported");

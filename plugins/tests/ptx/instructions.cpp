@@ -225,6 +225,18 @@ void divide(Warp& w, const Instruction& i) {
 
 using Table = std::map<std::string, Entry>;
 
+uint32_t to_half(float a) { return sdct::float_to_half(a); }
+uint32_t to_bfloat16(float a) { return a != a ? 0x7fffu : sdct::float_to_bfloat16(a); }
+
+// Two floats to one register, the first one to its upper half.
+template <uint32_t (*to)(float)>
+void pair_of(Warp& w, const Instruction& i) {
+  const F32 &high = get<F32>(w, i.in[0]), &low = get<F32>(w, i.in[1]);
+  U32 out = {};
+  each(w, [&](uint32_t lane) { out[lane] = to(high[lane]) << 16 | to(low[lane]); });
+  put<U32>(w, i.out[0], out);
+}
+
 #define UNARY(V, D, expression)                                \
   [](Warp& w, const Instruction& i) {                          \
     const V& a = get<V>(w, i.in[0]);                           \
@@ -443,14 +455,10 @@ void conversions(Table& t) {
   t["cvt.f32.bf16"] = {"w=h", [](Warp& w, const Instruction& i) {
                          lane_by_lane<float, uint32_t>(w, i, [](uint32_t a) { return sdct::bfloat16_to_float(uint16_t(a)); });
                        }};
-  t["cvt.rn.f16.f32"] = {"h=w", [](Warp& w, const Instruction& i) {
-                           lane_by_lane<uint32_t, float>(w, i, [](float a) { return uint32_t(sdct::float_to_half(a)); });
-                         }};
-  t["cvt.rn.bf16.f32"] = {"h=w", [](Warp& w, const Instruction& i) {
-                            lane_by_lane<uint32_t, float>(w, i, [](float a) {
-                              return a != a ? 0x7fffu : uint32_t(sdct::float_to_bfloat16(a));
-                            });
-                          }};
+  t["cvt.rn.f16.f32"] = {"h=w", [](Warp& w, const Instruction& i) { lane_by_lane<uint32_t, float>(w, i, to_half); }};
+  t["cvt.rn.bf16.f32"] = {"h=w", [](Warp& w, const Instruction& i) { lane_by_lane<uint32_t, float>(w, i, to_bfloat16); }};
+  t["cvt.rn.f16x2.f32"] = {"w=ww", [](Warp& w, const Instruction& i) { pair_of<to_half>(w, i); }};
+  t["cvt.rn.bf16x2.f32"] = {"w=ww", [](Warp& w, const Instruction& i) { pair_of<to_bfloat16>(w, i); }};
   t["cvt.rn.f32.s32"] = {"w=w", UNARY(S32, F32, __builtin_convertvector(a, F32))};
   t["cvt.rn.f32.u32"] = {"w=w", UNARY(U32, F32, __builtin_convertvector(a, F32))};
   t["cvt.rzi.s32.f32"] = {"w=w", [](Warp& w, const Instruction& i) {
@@ -526,6 +534,9 @@ Table make_table() {
   t["cvta.shared.u64"] = {"d=d", UNARY(U64, U64, a + kSharedWindow)};
   t["cvta.to.shared.u64"] = {"d=d", UNARY(U64, U64, a - kSharedWindow)};
 
+  t["popc.b32"] = {"w=w", [](Warp& w, const Instruction& i) {
+                    lane_by_lane<uint32_t, uint32_t>(w, i, [](uint32_t a) { return uint32_t(__builtin_popcount(a)); });
+                  }};
   t["prmt.b32"] = {"w=www", [](Warp& w, const Instruction& i) {
                      const U32 a = get<U32>(w, i.in[0]), b = get<U32>(w, i.in[1]), selector = get<U32>(w, i.in[2]);
                      U32 out = {};

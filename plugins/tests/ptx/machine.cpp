@@ -108,6 +108,15 @@ void Warp::next_group() {
   for (const Group& group : groups_) next_ = std::min(next_, group.pc);
 }
 
+uint32_t Warp::uniform(Operand operand, const Instruction& instruction) const {
+  const uint32_t* unit = operand >= 0 ? registers + size_t(operand) * kLanes : constants + size_t(~operand) * kLanes;
+  const uint32_t value = unit[__builtin_ctz(active)];
+  for (uint32_t lane = 0; lane < kLanes; ++lane) {
+    if (active >> lane & 1 && unit[lane] != value) stop("lanes disagree about a barrier", instruction);
+  }
+  return value;
+}
+
 void Warp::stop(const std::string& what, const Instruction& instruction) const { machine->fault(what, instruction); }
 
 void Warp::meet(uint32_t members, const Instruction& instruction) const {
@@ -169,7 +178,7 @@ char* const* Warp::resolve(const Instruction& i, Operand address, bool write) {
     return at_;
   }
   const auto actor = [&](uint32_t lane) {
-    return Actor(m.launch_, m.block_index_, m.interval_, syncs_, first_thread + lane);
+    return Actor(m.launch_, m.block_index_, m.time_, syncs_, first_thread + lane);
   };
   if (space == Space::kShared) {
     const uint64_t end = kSharedBase + m.shared_.size();
@@ -185,7 +194,7 @@ char* const* Warp::resolve(const Instruction& i, Operand address, bool write) {
     if (m.checks_.costs) add_wavefronts(addresses, active, i.size, &cost);
     each([&](uint32_t lane, uint64_t at) {
       at_[lane] = m.shared_.data() + (at - kSharedBase);
-      m.note(*m.shared_shadow_, at - kSharedBase, i.size, write, true, i, actor(lane));
+      m.note(*m.shared_shadow_, at - kSharedBase, i.size, write, true, i, actor(lane), seen_);
     });
     return at_;
   }
@@ -206,7 +215,7 @@ char* const* Warp::resolve(const Instruction& i, Operand address, bool write) {
     at_[lane] = reinterpret_cast<char*>(at);
     if (!m.checks_.races) return;
     if (!last->shadow) last->shadow = std::make_unique<Shadow>(last->size);
-    m.note(*last->shadow, at - last->address, i.size, write, false, i, actor(lane));
+    m.note(*last->shadow, at - last->address, i.size, write, false, i, actor(lane), seen_);
   });
   return at_;
 }
@@ -222,26 +231,27 @@ void Machine::fault(const std::string& what, const Instruction& instruction, uin
   fault(what + " at " + hex(address) + ", thread " + number(thread), instruction);
 }
 
-void Machine::note(Shadow& shadow, uint64_t at, uint32_t size, bool write, bool shared, const Instruction& i, Actor me) {
+void Machine::note(Shadow& shadow, uint64_t at, uint32_t size, bool write, bool shared, const Instruction& i, Actor me,
+                   const uint32_t* seen) {
   if (size == 1 && write) fault("stores of single bytes are not checked, and refused for it", i);
   const size_t first = at / 2, end = first + std::max(size / 2, 1u);
   for (size_t cell = first; cell < end; ++cell) {
     Actor& writer = shadow.writers[cell];
     Actor& reader = shadow.readers[cell];
     if (shared && !write && writer.nobody()) fault("shared memory is read before anything wrote it", i, me.thread(), at);
-    if (checks_.races && !(writer == me) && writer.races(me)) {
+    if (checks_.races && !(writer == me) && writer.races(me, seen)) {
       fault("race: thread " + number(writer.thread()) + " of block " + number(writer.block()) + " wrote what this one " +
                 (write ? "writes" : "reads"),
             i, me.thread(), at);
     }
     if (write) {
-      if (checks_.races && !(reader == me) && reader.races(me)) {
+      if (checks_.races && !(reader == me) && reader.races(me, seen)) {
         fault("race: thread " + number(reader.thread()) + " of block " + number(reader.block()) + " read what this one writes",
               i, me.thread(), at);
       }
       writer = me;
     } else if (!(reader == me)) {
-      reader = reader.joined(me);
+      reader = reader.joined(me, seen);
     }
   }
 }
@@ -276,6 +286,10 @@ void Machine::run_warp(Warp& w) {
         if (w.at_barrier_ && w.barrier_pc_ != w.pc_) fault("threads of a warp wait at different barriers", i);
         w.at_barrier_ |= w.here;
         w.barrier_pc_ = w.pc_;
+        w.barrier_ = w.uniform(i.in[0], i);
+        if (w.barrier_ > 15) fault("a block has 16 barriers", i);
+        w.barrier_threads_ = i.in[1] == kEverybody ? 0 : w.uniform(i.in[1], i);
+        if (w.barrier_threads_ % kLanes) fault("a barrier is for whole warps", i);
         w.next_group();
         continue;
       case Flow::kExit:
@@ -301,7 +315,8 @@ void Machine::run_block(uint64_t index) {
   for (Warp& w : warps_) {
     const uint32_t here = lanes_below(threads - w.first_thread);
     w.groups_.assign(1, {0, here});
-    w.here = w.at_barrier_ = w.syncs_ = 0;
+    w.here = w.at_barrier_ = w.syncs_ = w.barriers_ = 0;
+    std::fill(w.seen_, w.seen_ + kLanes, 0u);
     w.exited_ = ~here;
     uint32_t* unit = w.registers;
     const auto fill = [&](auto value) {
@@ -317,31 +332,64 @@ void Machine::run_block(uint64_t index) {
     fill([&](uint32_t t) { return t % kLanes; });
     fill([&](uint32_t t) { return t / kLanes; });
   }
-  for (interval_ = 0;; ++interval_) {
-    if (interval_ >= Actor::kMaxIntervals) fault("more barriers than can be told apart", kernel_->code[0]);
+  for (time_ = 0;;) {
     for (Warp& w : warps_) run_warp(w);
-    uint64_t waiting = 0;
-    const Warp* at = nullptr;
-    for (const Warp& w : warps_) {
-      if (!w.at_barrier_) continue;
-      const Instruction& barrier = kernel_->code[w.barrier_pc_];
-      if (at && at->barrier_pc_ != w.barrier_pc_) {
-        fault("barrier: threads wait here and at " + program_->where(kernel_->code[at->barrier_pc_]), barrier);
+    for (const Warp& w : warps_) barriers_ = std::max<uint64_t>(barriers_, w.barriers_);
+    if (!pass_barriers()) return;
+  }
+}
+
+// Lets those go on for whom all have come; false: nobody waits.
+bool Machine::pass_barriers() {
+  bool waits = false, passed = false;
+  for (const Warp& first : warps_) {
+    if (!first.at_barrier_) continue;
+    waits = true;
+    const Instruction& barrier = kernel_->code[first.barrier_pc_];
+    const auto threads = uint32_t(block_.count()), wanted = first.barrier_threads_ ? first.barrier_threads_ : threads;
+    uint32_t waiting = 0, seen[kLanes] = {};
+    const auto each = [&](auto f) {
+      for (Warp& w : warps_) {
+        if (w.at_barrier_ && w.barrier_ == first.barrier_) f(w);
       }
-      at = &w;
-      waiting += std::bitset<32>(w.at_barrier_).count();
-    }
-    barriers_ = std::max(barriers_, interval_);
-    if (!at) return;
-    if (waiting != threads) {
-      fault("barrier: " + number(waiting) + " threads wait here and " + number(threads - waiting) + " have left the kernel",
-            kernel_->code[at->barrier_pc_]);
-    }
+    };
+    each([&](const Warp& w) {
+      if (w.barrier_pc_ != first.barrier_pc_) {
+        fault("barrier: threads wait here and at " + program_->where(barrier), kernel_->code[w.barrier_pc_]);
+      }
+      if (w.barrier_threads_ != first.barrier_threads_) fault("barrier: threads wait here for different numbers of others", barrier);
+      waiting += uint32_t(std::bitset<32>(w.at_barrier_).count());
+    });
+    if (waiting > wanted) fault("barrier: " + number(waiting) + " threads wait for " + number(wanted), barrier);
+    if (waiting < wanted) continue;
+    passed = true;
+    if (++time_ >= Actor::kMaxTimes) fault("more barriers than can be told apart", barrier);
+    each([&](const Warp& w) {
+      for (uint32_t k = 0; k < kLanes; ++k) seen[k] = std::max(seen[k], w.seen_[k]);
+      seen[w.first_thread / kLanes] = uint32_t(time_);
+    });
+    const uint32_t which = first.barrier_;
     for (Warp& w : warps_) {
+      if (!w.at_barrier_ || w.barrier_ != which) continue;
+      std::copy(seen, seen + kLanes, w.seen_);
       w.groups_.assign(1, {w.barrier_pc_ + 1, w.at_barrier_});
       w.at_barrier_ = w.syncs_ = 0;
+      ++w.barriers_;
     }
   }
+  for (const Warp& w : warps_) {
+    if (passed || !w.at_barrier_) continue;
+    uint32_t waiting = 0, left = 0;
+    for (const Warp& other : warps_) {
+      const bool here = other.at_barrier_ && other.barrier_ == w.barrier_;
+      waiting += here ? uint32_t(std::bitset<32>(other.at_barrier_).count()) : 0;
+      left += uint32_t(std::bitset<32>(other.exited_ & lanes_below(uint32_t(block_.count()) - other.first_thread)).count());
+    }
+    const std::string others = w.barrier_threads_ ? " of " + number(w.barrier_threads_) : "";
+    fault("barrier: " + number(waiting) + others + " threads wait here and " + number(left) + " have left the kernel",
+          kernel_->code[w.barrier_pc_]);
+  }
+  return waits;
 }
 
 void Machine::run(const Program& program, const Kernel& kernel, Extent grid, Extent block, const std::vector<char>& parameters,

@@ -20,48 +20,57 @@ namespace ptx {
 constexpr uint64_t kSharedWindow = uint64_t(0x7d) << 56;
 constexpr uint64_t kSharedBase = 1024;
 
-// Who touched two bytes last. An access is ordered against another one by a launch, a barrier of the same block, or a
-// synchronisation of the same warp; `level` says that several did: lanes of a warp, warps of a block, blocks of a launch.
+// Who touched two bytes last, and when: the time is the number of barriers that the block had completed. An access is ordered
+// against another one by a launch, by barriers (which thread waited for which, also through others), or by a synchronisation of the
+// same warp; `level` says that several did: lanes of a warp, a range of warps of a block, blocks of a launch.
 class Actor {
  public:
   enum Level : uint64_t { kThread, kLanes, kWarps, kBlocks };
-  static constexpr uint64_t kLaunches = 63, kMaxBlocks = uint64_t(1) << 18, kMaxIntervals = uint64_t(1) << 18, kMaxSyncs = 1024;
+  static constexpr uint64_t kLaunches = 63, kMaxBlocks = uint64_t(1) << 18, kMaxTimes = uint64_t(1) << 18, kMaxSyncs = 1024;
 
   Actor() = default;  // nobody
-  Actor(uint64_t launch, uint64_t block, uint64_t interval, uint64_t sync, uint64_t thread)
-      : bits_(launch << 58 | block << 40 | interval << 22 | sync << 10 | thread) {}
+  Actor(uint64_t launch, uint64_t block, uint64_t time, uint64_t sync, uint64_t thread)
+      : bits_(launch << 58 | block << 40 | time << 22 | sync << 10 | thread) {}
 
   bool nobody() const { return bits_ == 0; }
-  uint32_t thread() const { return uint32_t(bits_ & 1023); }
+  uint32_t thread() const { return level() == kWarps ? first_warp() * kLanesOfWarp : uint32_t(bits_ & 1023); }
   uint32_t block() const { return uint32_t(bits_ >> 40 & (kMaxBlocks - 1)); }
   bool operator==(Actor other) const { return bits_ == other.bits_; }
-  bool races(Actor me) const {  // an access by `me` with this earlier one
-    const uint64_t differs = (bits_ ^ me.bits_) & ~(uint64_t(3) << 20);
-    if (differs >> 58) return false;
-    if (differs >> 40 || level() == kBlocks) return true;
-    if (differs >> 22) return false;
-    if (differs >> 5 & 31 || level() == kWarps) return true;
-    if (differs >> 10) return false;
-    return differs || level() == kLanes;
+  // An access by `me` with this earlier one; what warp w did before seen[w] comes before what `me` does.
+  bool races(Actor me, const uint32_t* seen) const {
+    if ((bits_ ^ me.bits_) >> 58) return false;
+    if ((bits_ ^ me.bits_) >> 40 || level() == kBlocks) return true;
+    bool passed = true;
+    for (uint32_t w = first_warp(); w <= last_warp(); ++w) passed = passed && time() < seen[w];
+    if (passed) return false;
+    if (level() == kWarps || first_warp() != me.first_warp()) return true;
+    return sync() == me.sync() && (level() == kLanes || thread() != me.thread());
   }
-  Actor joined(Actor me) const {  // after a read by `me`
-    const uint64_t differs = (bits_ ^ me.bits_) & ~(uint64_t(3) << 20);
-    if (differs >> 58) return me;
-    if (differs >> 40 || level() == kBlocks) return me.at(kBlocks);
-    if (differs >> 22) return me;
-    if (differs >> 5 & 31 || level() == kWarps) return me.at(kWarps);
-    if (differs >> 10) return me;
-    return differs || level() == kLanes ? me.at(kLanes) : me;
+  Actor joined(Actor me, const uint32_t* seen) const {  // after a read by `me`
+    if ((bits_ ^ me.bits_) >> 58) return me;
+    if ((bits_ ^ me.bits_) >> 40 || level() == kBlocks) return me.at(kBlocks);
+    if (!races(me, seen)) return me;
+    const uint64_t first = first_warp() < me.first_warp() ? first_warp() : me.first_warp();
+    const uint64_t last = last_warp() > me.last_warp() ? last_warp() : me.last_warp();
+    if (first == last && level() != kWarps) return me.at(kLanes);
+    Actor out = me.at(kWarps);
+    out.bits_ = (out.bits_ & ~uint64_t(1023)) | last << 5 | first;
+    return out;
   }
 
  private:
+  static constexpr uint32_t kLanesOfWarp = 32;
   Level level() const { return Level(bits_ >> 20 & 3); }
+  uint32_t time() const { return uint32_t(bits_ >> 22 & (kMaxTimes - 1)); }
+  uint32_t sync() const { return uint32_t(bits_ >> 10 & (kMaxSyncs - 1)); }
+  uint32_t first_warp() const { return uint32_t(level() == kWarps ? bits_ & 31 : bits_ >> 5 & 31); }
+  uint32_t last_warp() const { return uint32_t(bits_ >> 5 & 31); }
   Actor at(Level level) const {
     Actor out = *this;
     out.bits_ |= uint64_t(level) << 20;
     return out;
   }
-  uint64_t bits_ = 0;  // launch 6, block 18, interval 18, level 2, sync 10, thread 10
+  uint64_t bits_ = 0;  // launch 6, block 18, time 18, level 2, sync 10, thread 10 (of kWarps: the last and the first warp)
 };
 
 // The last writer and reader of every two bytes.
@@ -125,6 +134,7 @@ class Warp {
   void meet(uint32_t members, const Instruction& instruction) const;  // faults where one of `members` is not here
   void synchronise(uint32_t members, const Instruction& instruction);  // meets, and orders the lanes' accesses
   [[noreturn]] void stop(const std::string& what, const Instruction& instruction) const;
+  uint32_t uniform(Operand operand, const Instruction& instruction) const;  // faults where lanes have different values
 
  private:
   friend class Machine;
@@ -137,7 +147,9 @@ class Warp {
   uint32_t pc_ = 0;
   uint32_t next_ = UINT32_MAX;  // lowest pc of the groups that wait for their turn
   std::vector<Group> groups_;
-  uint32_t at_barrier_ = 0, barrier_pc_ = 0, exited_ = 0, syncs_ = 0;
+  uint32_t at_barrier_ = 0, barrier_pc_ = 0, barrier_ = 0, barrier_threads_ = 0;  // lanes; where; which; for how many
+  uint32_t exited_ = 0, syncs_ = 0, barriers_ = 0;
+  uint32_t seen_[kLanes] = {};  // what warp w did before that time comes before what this one does
   char* at_[kLanes];
 };
 
@@ -157,7 +169,9 @@ class Machine {
   [[noreturn]] void fault(const std::string& what, const Instruction& instruction, uint32_t thread, uint64_t address) const;
   void run_block(uint64_t index);
   void run_warp(Warp& warp);
-  void note(Shadow& shadow, uint64_t at, uint32_t size, bool write, bool shared, const Instruction& instruction, Actor me);
+  bool pass_barriers();
+  void note(Shadow& shadow, uint64_t at, uint32_t size, bool write, bool shared, const Instruction& instruction, Actor me,
+            const uint32_t* seen);
 
   Memory& memory_;
   const Program* program_ = nullptr;
@@ -168,7 +182,7 @@ class Machine {
   Checks checks_;
   std::vector<Cost> costs_;
   std::vector<Allocation*> last_;  // where an instruction's accesses fell before
-  uint64_t launch_ = 0, block_index_ = 0, interval_ = 0, barriers_ = 0;
+  uint64_t launch_ = 0, block_index_ = 0, time_ = 0, barriers_ = 0;
 
   std::vector<Warp> warps_;
   std::unique_ptr<uint32_t[]> storage_;

@@ -395,8 +395,10 @@ class Parser {
       i.flow = Flow::kBranch;
       jumps_.emplace_back(kernel_->code.size(), operands.at(0));
     } else if (opcode == "bar.sync" || opcode == "barrier.sync" || opcode == "barrier.cta.sync") {
-      if (operands != std::vector<std::string>{"0"}) refuse("'" + statement + "': only barrier 0 with all threads is supported");
+      if (operands.empty() || operands.size() > 2) refuse("'" + statement + "': a barrier has a number and a count of threads");
       i.flow = Flow::kBarrier;
+      i.in[0] = source(operands[0], 'w');
+      i.in[1] = operands.size() > 1 ? source(operands[1], 'w') : kEverybody;
     } else if (starts(opcode, "ld.") || starts(opcode, "st.")) {
       add_transfer(opcode, operands, &i);
     } else {

@@ -31,6 +31,8 @@ enum class Space : uint8_t { kNone, kGlobal, kShared, kParam, kGeneric };
 using Operand = int32_t;
 constexpr Operand kFalse = -1, kTrue = -2;  // predicates; an optional result that is left out is kFalse
 
+constexpr Operand kEverybody = INT32_MIN;  // a barrier without a count of threads
+
 struct Instruction {
   Handler handler = nullptr;
   Flow flow = Flow::kNext;

@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "gpu"))
 from engine_check import random_adapter
 
 from sdct_export.bundle.description import Bundle
-from sdct_export.engine import build
+from sdct_export.engine import build, settings
 from sdct_export.native import library_folders
-from sdct_export.plugin_choice import plugin_libraries
+from sdct_export.plugin_choice import parse_version, plugin_libraries
 from sdct_export.runtime import MultiAdapterModel
 
 CASES = {"decode 1": (1, 1), "decode 8": (8, 1), "decode 32": (32, 1), "prefill 8 x 128": (8, 128)}  # batch, sequence
@@ -77,8 +77,8 @@ def prepare(folder: Path) -> None:
     export_multi(model, {"a": adapter}, folder / "multi", task_type=family.task, dtype="float16")
     export_merged(model, adapter, folder / "merged", task_type=family.task, dtype="float16")
     for name in ("multi", "merged"):
-        for old in (False, True):
-            build.prepare_graph(Bundle.load(folder / name), old=old)
+        for version in ((8, 5), (8, 6), (10, 0)):  # one graph each
+            build.prepare_graph(Bundle.load(folder / name), version=version)
     graphs = [onnx.load(folder / name / "model.onnx").graph for name in ("multi", "merged")]
     base, merged = ({t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer} for graph in graphs)
     changed = {n: a for n, a in merged.items() if n in base and not np.array_equal(a, base[n])}
@@ -169,22 +169,21 @@ class Measurement:
     def _refit(self) -> float:
         import tensorrt as trt
 
-        major, log, bundle = int(trt.__version__.split(".")[0]), build.Log(trt), self.merged.bundle
+        version, log, bundle = parse_version(trt.__version__), build.Log(trt), self.merged.bundle
+        graph = build.prepare_graph(bundle, version=version)
         builder = trt.Builder(log.logger)
-        flags = trt.NetworkDefinitionCreationFlag
-        network = builder.create_network(1 << int(flags.STRONGLY_TYPED if major >= 10 else flags.EXPLICIT_BATCH))
+        network = builder.create_network(settings.network_flags(trt, version))
         parser = trt.OnnxParser(network, log.logger)
-        if not parser.parse_from_file(str(build.prepare_graph(bundle, old=major < 10))):
+        if not parser.parse_from_file(str(graph)):
             raise RuntimeError(log.reason())
         config = builder.create_builder_config()
         config.set_flag(trt.BuilderFlag.REFIT)
-        if major < 10:
-            config.set_flag(trt.BuilderFlag.FP16)
-        profile = builder.create_optimization_profile()
         shapes = build.profile_shapes(bundle, build.Profile(batch=(1, 8, 32), sequence=(1, 1, 128)))
-        for name, three in shapes.items():
-            profile.set_shape(name, *three)
-        config.add_optimization_profile(profile)
+        told = settings.builder_settings(
+            version, bundle.dtype, graph, shapes, library=None, embed=False, in_place=False
+        )
+        for setting in told:
+            setting.apply(settings.Builder(trt, builder, config, network))
         plan = builder.build_serialized_network(network, config)
         if plan is None:
             raise RuntimeError(log.reason())

@@ -42,12 +42,16 @@ Examples:
 @click.option("--blend", type=RangeType(), help="Adapters mixed in one row. [default: 1:1:4]")
 @click.option("--timing-cache", metavar="FILE", type=click.Path(path_type=Path), help="Read, and written back.")
 @click.option("--no-embed", is_flag=True, help="Keep the plugin library out of the engine.")
+@click.option(
+    "--no-in-place", is_flag=True, help="Let the plugin write beside its inputs, not over them (TensorRT 10.3 on)."
+)
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON on standard output.")
 def build(
     bundle: Path,
     output: Path | None,
     timing_cache: Path | None,
     no_embed: bool,
+    no_in_place: bool,
     as_json: bool,
     **ranges: tuple[int, int, int] | None,
 ) -> None:
@@ -70,6 +74,7 @@ def build(
             profile=profile,
             timing_cache=timing_cache,
             embed_plugin=not no_embed,
+            in_place=not no_in_place,
             report=lambda line: click.echo(printable(line), err=as_json),
         )
     engine = output or bundle / ENGINE_FILE

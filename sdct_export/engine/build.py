@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import dataclasses
 import json
-import shlex
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,10 +21,12 @@ from ..errors import AdapterFormatError, ConfigError, OutputError, SdctError, Un
 from ..files import new_file, read_json
 from ..native import find_plugin
 from ..plugin_choice import parse_version
+from . import settings
 
 ENGINE_FILE = "model.engine"  # default name inside a bundle
 GRAPH_FILE = "model.tensorrt.onnx"  # the graph without function bodies, beside the weights it shares with model.onnx
-OLD_GRAPH_FILE = "model.tensorrt8.onnx"  # the same in the opset TensorRT 8 and 9 read
+OLD_GRAPH_FILE = "model.tensorrt8.6.onnx"  # the same in the opset TensorRT 8 and 9 read
+OLDEST_GRAPH_FILE = "model.tensorrt8.onnx"  # and without LayerNormalization, which 8.5 does not know
 MANIFEST_VERSION = 1
 PLUGIN = "sdct_tensorrt"  # the plugin library, see `native.find_library`
 PLUGIN_NONE, PLUGIN_LIBRARY, PLUGIN_EMBEDDED = "none", "library", "embedded"
@@ -130,6 +131,7 @@ def build_engine(
     profile: Profile | None = None,
     timing_cache: str | Path | None = None,
     embed_plugin: bool = True,
+    in_place: bool = True,
     report: Callable[[str], None] = lambda line: None,
     progress: Progress | None = None,
 ) -> EngineManifest:
@@ -142,11 +144,13 @@ def build_engine(
         profile: sizes the engine accepts; default `Profile()`, with the sequence limited to what the base allows.
         timing_cache: file with kernel timings, read where it exists and written back; a second build is then quick.
         embed_plugin: let the engine carry the plugin library where TensorRT can (8.6 on), so that it runs alone.
+        in_place: let the plugin update its y in place (TensorRT 10.3 on), which is a preview feature of TensorRT.
         report: called with lines worth showing, among them the `trtexec` command that does the same.
-        progress: called with phase, step and steps while TensorRT (8.6 on) builds.
+        progress: called with phase, step and steps while TensorRT (9 on) builds.
 
     Raises:
-        UnsupportedError: TensorRT, its plugin library or a GPU is missing, or the graph cannot be read.
+        UnsupportedError: TensorRT, its plugin library or a GPU is missing, the graph cannot be read, or TensorRT is
+            too old for the type of the bundle.
         AdapterFormatError: the bundle is damaged. ConfigError: sizes that cannot work.
         OutputError: a file cannot be written. SdctError: TensorRT gave up; the message has its own words.
     """
@@ -154,10 +158,20 @@ def build_engine(
     engine = Path(output) if output is not None else bundle.path / ENGINE_FILE
     shapes = profile_shapes(bundle, profile or default_profile(bundle))
     trt = _tensorrt_or_none()
-    graph = prepare_graph(bundle, old=trt is not None and _major(trt) < 10)
+    version = settings.NEWEST if trt is None else parse_version(str(trt.__version__))
+    graph = prepare_graph(bundle, version=version)
     library = find_plugin(None if trt is None else str(trt.__version__)) if bundle.groups else None
     cache = Path(timing_cache) if timing_cache is not None else None
-    report(trtexec_command(bundle, graph, engine, shapes, library=library, timing_cache=cache, trt=trt))
+    told = settings.builder_settings(
+        version,
+        bundle.dtype,
+        graph,
+        shapes,
+        library=(library or Path(f"lib{PLUGIN}.so")) if bundle.groups else None,
+        embed=embed_plugin,
+        in_place=in_place,
+    )
+    report(settings.command(version, graph, engine, told, cache))
     if trt is None:
         raise UnsupportedError(
             "the package tensorrt is not installed; pip install tensorrt on the machine with the GPU that will run "
@@ -171,7 +185,7 @@ def build_engine(
     log = Log(trt)
     if library is not None:
         load_plugin(trt, library)
-    plan, cache_bytes, embedded = _build(trt, log, bundle, graph, shapes, library, cache, embed_plugin, progress)
+    plan, cache_bytes = _build(trt, log, version, graph, shapes, told, cache, progress)
     with new_file(engine) as work:
         try:
             work.write_bytes(plan)
@@ -181,8 +195,9 @@ def build_engine(
     if cache is not None and cache_bytes is not None:
         with new_file(cache) as work:
             work.write_bytes(cache_bytes)
+    embedded = embed_plugin and settings.carries_plugins(version)
     plugin = PLUGIN_NONE if library is None else PLUGIN_EMBEDDED if embedded else PLUGIN_LIBRARY
-    concurrent = _major(trt) >= 10 or hasattr(getattr(trt, "PreviewFeature", None), "PROFILE_SHARING_0806")
+    concurrent = settings.shares_profiles(version)
     manifest = EngineManifest(bundle.model_sha256, sha256, str(trt.__version__), plugin, concurrent, shapes)
     manifest.write(engine)
     return manifest
@@ -231,40 +246,10 @@ def profile_shapes(
     return shapes
 
 
-def trtexec_command(
-    bundle: Bundle,
-    graph: Path,
-    engine: Path,
-    shapes: Mapping[str, Sequence[tuple[int, ...]]],
-    *,
-    library: Path | None = None,
-    timing_cache: Path | None = None,
-    trt: Any = None,
-) -> str:
-    """The `trtexec` command that builds the same engine (for TensorRT 10 on where `trt` is None)."""
-    command = ["trtexec", f"--onnx={graph}", f"--saveEngine={engine}"]
-    for i, option in enumerate(("minShapes", "optShapes", "maxShapes")):
-        dynamic = {name: three for name, three in shapes.items() if three[0] != three[2]}
-        if dynamic:
-            items = (f"{name}:{'x'.join(map(str, three[i]))}" for name, three in dynamic.items())
-            command.append(f"--{option}={','.join(items)}")
-    major = 10 if trt is None else _major(trt)
-    if bundle.groups:
-        command.append(f"--{'dynamicPlugins' if major >= 10 else 'plugins'}={library or 'libsdct_tensorrt.so'}")
-    if major == 10:  # from 11 on every network is strongly typed
-        command.append("--stronglyTyped")
-    elif major < 10 and bundle.dtype == "float16":
-        command.append("--fp16")
-    command.append("--noTF32")
-    if timing_cache is not None:
-        command.append(f"--timingCacheFile={timing_cache}")
-    return shlex.join(command)
-
-
 # --- The graph the parser reads
 
 
-def prepare_graph(bundle: Bundle, *, old: bool = False) -> Path:
+def prepare_graph(bundle: Bundle, *, version: tuple[int, int] = settings.NEWEST) -> Path:
     """Write the bundle's graph so that TensorRT's parser takes `SpectralDelta` from the plugin; returns the file.
 
     The parser prefers a function inside the file to a plugin, so the function bodies go and everything else stays.
@@ -273,14 +258,22 @@ def prepare_graph(bundle: Bundle, *, old: bool = False) -> Path:
 
     Args:
         bundle: the bundle.
-        old: for TensorRT 8 and 9, which read ONNX up to opset 17 and no LayerNormalization or Gelu.
+        version: of the TensorRT that will read it. 8 and 9 read ONNX up to opset 17 and no Gelu, 8.5 no
+            LayerNormalization; for a float16 bundle their graph says which nodes are float32.
 
     Raises:
-        UnsupportedError: onnx is missing, or the graph cannot be converted.
+        UnsupportedError: onnx is missing, the graph cannot be converted, or TensorRT is too old for bfloat16.
     """
+    old = version < (10, 0)
+    if old and bundle.dtype == "bfloat16":
+        raise UnsupportedError(
+            f"TensorRT {version[0]}.{version[1]} does not keep to the types of a bfloat16 bundle; use TensorRT 10 or "
+            "newer, or export in float32 or float16"
+        )
     if bundle.kind == "merged" and not old:
         return bundle.model_path
-    target = bundle.path / (OLD_GRAPH_FILE if old else GRAPH_FILE)
+    oldest = version < settings.LAYER_NORMALIZATION
+    target = bundle.path / (OLDEST_GRAPH_FILE if oldest else OLD_GRAPH_FILE if old else GRAPH_FILE)
     try:
         import onnx
 
@@ -300,7 +293,8 @@ def prepare_graph(bundle: Bundle, *, old: bool = False) -> Path:
         raise AdapterFormatError(f"{bundle.model_path} is no ONNX file ({error}); export the bundle again") from error
     model = lower.for_plugin(model)
     if old:
-        model = lower.to_opset_17(model)
+        mixed = settings.is_mixed(version, bundle.dtype)
+        model = lower.to_opset_17(model, layer_normalization=not oldest, mixed=mixed)
     with new_file(target) as work:
         onnx.save(model, work)
         try:
@@ -336,10 +330,6 @@ def _tensorrt_or_none() -> Any:
     return tensorrt
 
 
-def _major(trt: Any) -> int:
-    return int(str(trt.__version__).split(".")[0])
-
-
 class Log:
     """What TensorRT reports: its last errors and warnings are kept for our own messages, nothing is printed."""
 
@@ -368,15 +358,14 @@ class Log:
 def _build(
     trt: Any,
     log: Log,
-    bundle: Bundle,
+    version: settings.Version,
     graph: Path,
     shapes: Mapping[str, Sequence[tuple[int, ...]]],
-    library: Path | None,
+    told: Sequence[settings.Setting],
     cache: Path | None,
-    embed_plugin: bool,
     progress: Progress | None,
-) -> tuple[Any, Any, bool]:
-    """The serialized engine, the serialized timing cache, and whether the engine carries the plugin."""
+) -> tuple[Any, Any]:
+    """The serialized engine and the serialized timing cache."""
     try:
         builder = trt.Builder(log.logger)
     except TypeError:  # how the bindings report a null pointer
@@ -386,32 +375,18 @@ def _build(
             f"TensorRT {trt.__version__} found no GPU it can use ({log.reason()}); engines are built on the GPU that "
             "runs them: check the driver with nvidia-smi"
         )
-    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    flag = typed if typed is not None and _major(trt) >= 10 else trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH
-    network = builder.create_network(1 << int(flag))
+    network = builder.create_network(settings.network_flags(trt, version))
     parser = trt.OnnxParser(network, log.logger)
     if not parser.parse_from_file(str(graph)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         reasons = "; ".join(" ".join(error.desc().split()) for error in errors[:3]) or log.reason()
         raise UnsupportedError(f"TensorRT {trt.__version__} cannot read {graph}: {reasons}")
     config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)  # it would round float32 products to 10 bits
-    if typed is None and bundle.dtype == "float16":
-        config.set_flag(trt.BuilderFlag.FP16)
-    features = {"ALIASED_PLUGIN_IO_10_03": library is not None, "PROFILE_SHARING_0806": _major(trt) < 10}
-    for feature, wanted in features.items():
-        if wanted and hasattr(getattr(trt, "PreviewFeature", None), feature):
-            config.set_preview_feature(getattr(trt.PreviewFeature, feature), True)
-    optimization = builder.create_optimization_profile()
-    for i in range(network.num_inputs):
-        name = network.get_input(i).name
+    for name in (network.get_input(i).name for i in range(network.num_inputs)):
         if name not in shapes:
             raise AdapterFormatError(f"{graph}: input {name!r} is not in the bundle's description; export it again")
-        optimization.set_shape(name, *shapes[name])
-    config.add_optimization_profile(optimization)
-    embedded = library is not None and embed_plugin and hasattr(config, "plugins_to_serialize")
-    if embedded:
-        config.plugins_to_serialize = [str(library)]
+    for setting in told:
+        setting.apply(settings.Builder(trt, builder, config, network))
     timings = None
     if cache is not None:
         timings = config.create_timing_cache(_read_cache(cache))
@@ -421,7 +396,7 @@ def _build(
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise SdctError(f"TensorRT {trt.__version__} could not build the engine: {log.reason()}")
-    return plan, timings.serialize() if timings is not None else None, embedded
+    return plan, timings.serialize() if timings is not None else None
 
 
 def _read_cache(cache: Path) -> bytes:

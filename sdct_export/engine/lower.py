@@ -15,9 +15,11 @@ from ..contract import DOMAIN
 from ..errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 OLD_OPSET = 17
+NO_LAYER = {"Constant", "If", "Loop", "Scan"}  # what the parser makes of these has names of its own
+NO_NUMBERS = {"Shape", "Size"}  # of what they read only the extents matter
 
 
 def for_plugin(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -35,13 +37,19 @@ def for_plugin(model: onnx.ModelProto) -> onnx.ModelProto:
     return onnx.inliner.inline_local_functions(model) if kept else model
 
 
-def to_opset_17(model: onnx.ModelProto) -> onnx.ModelProto:
+def to_opset_17(model: onnx.ModelProto, *, layer_normalization: bool = False, mixed: bool = False) -> onnx.ModelProto:
     """The same graph in opset 17, what TensorRT 8 and 9 read; without the operators they lack. Changes `model`.
 
+    Args:
+        model: the graph, with the types of its values.
+        layer_normalization: keep LayerNormalization, as TensorRT 8.6 and 9 know it; they compute it in float32.
+        mixed: the graph is built for float16, so name what is float32 in it (`name_float32`). A LayerNormalization of
+            float32 is then replaced all the same: the parser gives its layer no name.
+
     Raises:
-        UnsupportedError: an operator does not convert.
+        UnsupportedError: an operator does not convert, or a value has no type.
     """
-    _expand(model.graph)
+    _expand(model.graph, layer_normalization, mixed)
     try:
         lowered: onnx.ModelProto = onnx.version_converter.convert_version(model, OLD_OPSET)
     except Exception as error:  # onnx raises several kinds, RuntimeError among them
@@ -55,10 +63,49 @@ def to_opset_17(model: onnx.ModelProto) -> onnx.ModelProto:
             del node.attribute[:]
             node.attribute.extend(kept)
     lowered.ir_version = 8
+    if mixed:
+        lowered = onnx.shape_inference.infer_shapes(lowered)  # of the nodes that are new
+        name_float32(lowered.graph)
     return lowered
 
 
-def _expand(graph: onnx.GraphProto) -> None:
+def name_float32(graph: onnx.GraphProto, count: int = 0, around: Mapping[str, int] | None = None) -> int:
+    """Name nodes by what the builder must not round to float16. Changes `graph`; returns how many have names so far.
+
+    `float32[7]` gives float32, `float32.in[7]` reads it and gives no floating-point numbers (a comparison, say). The
+    parser names its layers after nodes, so that the names say it to the builder. `around` are the types of values
+    outside of a subgraph.
+
+    Raises:
+        UnsupportedError: a value has no type.
+    """
+    floats = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
+    types = dict(around or {})
+    types |= {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.value_info, *graph.output)}
+    types |= {t.name: t.data_type for t in graph.initializer}
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                count = name_float32(attribute.g, count, types)
+        if node.op_type in NO_LAYER:
+            continue
+        given = [types.get(name, TensorProto.UNDEFINED) for name in node.output if name]
+        if TensorProto.UNDEFINED in given:
+            raise UnsupportedError(
+                f"node {node.name!r} ({node.op_type}) gives a value of unknown type, so what is float32 cannot be "
+                "kept from float16; use TensorRT 10 or newer, or export in float32"
+            )
+        reads = any(types.get(name) == TensorProto.FLOAT for name in node.input)
+        if TensorProto.FLOAT in given:
+            node.name = f"float32[{count}]"
+            count += 1
+        elif reads and not floats & {*given} and node.op_type not in NO_NUMBERS:
+            node.name = f"float32.in[{count}]"
+            count += 1
+    return count
+
+
+def _expand(graph: onnx.GraphProto, layer_normalization: bool, mixed: bool) -> None:
     """Replace LayerNormalization, Gelu and Split by operators that exist, or convert to, in opset 17."""
     values = {v.name: v.type.tensor_type for v in (*graph.input, *graph.value_info, *graph.output)}
     replace: dict[str, Callable[[_Expansion], None]] = {
@@ -68,7 +115,10 @@ def _expand(graph: onnx.GraphProto) -> None:
     }
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
-        if node.op_type in replace and not node.domain:
+        known = node.op_type == "LayerNormalization" and layer_normalization and not any(node.output[1:])
+        if known and mixed:
+            known = node.output[0] in values and values[node.output[0]].elem_type != TensorProto.FLOAT
+        if node.op_type in replace and not node.domain and not known:
             expansion = _Expansion(graph, node, values)
             replace[node.op_type](expansion)
             nodes += expansion.nodes

@@ -15,14 +15,17 @@ import onnx
 import onnxruntime
 import pytest
 from click.testing import CliRunner
+from fake_builder import FakeTensorRT, trtexec
 from tiny_bundle import GROUPS, make_adapter, write_bundle
 
 from sdct_export import contract, export_merged, export_multi
 from sdct_export.bundle.description import Bundle
 from sdct_export.cli import main
+from sdct_export.engine import lower, settings
 from sdct_export.engine.build import (
     GRAPH_FILE,
     OLD_GRAPH_FILE,
+    OLDEST_GRAPH_FILE,
     EngineManifest,
     Profile,
     build_engine,
@@ -30,13 +33,14 @@ from sdct_export.engine.build import (
     manifest_path,
     prepare_graph,
     profile_shapes,
-    trtexec_command,
 )
 from sdct_export.errors import AdapterFormatError, ConfigError, SdctError, UnsupportedError
 
 NAMES = ("bert", "gpt2", "vit")  # LayerNormalization, Gelu, Split, and a head with an If
 
 MERGED = ("bert",)
+HALF = ("bert-classifier", "llama")  # exported in float16
+OLD = {"8.5.3.1": OLDEST_GRAPH_FILE, "8.6.1": OLD_GRAPH_FILE, "9.3.0": OLD_GRAPH_FILE}
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +56,21 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
         if name in MERGED:
             plain = families.random_adapter(family, model, 2)
             found[f"{name}-merged"] = export_merged(model, plain, root / f"{name}-merged", task_type=family.task)
+    return found
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    """A float16 bundle of each of `HALF`, and a merged one."""
+    root = tmp_path_factory.mktemp("half")
+    found = {}
+    for name in HALF:
+        family = families.FAMILIES[name]
+        model = family.model()
+        adapter = families.random_adapter(family, model, 1, labels=3 if family.saved else None)
+        found[name] = export_multi(model, {"a": adapter}, root / name, task_type=family.task, dtype="float16")
+    plain = families.random_adapter(family, model, 2)
+    found["merged"] = export_merged(model, plain, root / "merged", task_type=family.task, dtype="float16")
     return found
 
 
@@ -119,15 +138,21 @@ def test_prepared_graph_leaves_only_the_plugin_nodes(bundles: dict[str, Bundle],
     assert len(model.graph.node) == len(before.graph.node)
 
 
+@pytest.mark.parametrize("version", [(8, 5), (8, 6), (9, 3)], ids=str)
 @pytest.mark.parametrize("name", [*NAMES, "bert-merged"])
-def test_the_graph_for_old_versions_computes_the_same(bundles: dict[str, Bundle], name: str, tmp_path: Path) -> None:
+def test_the_graph_for_old_versions_computes_the_same(
+    bundles: dict[str, Bundle], name: str, version: tuple[int, int]
+) -> None:
     bundle = bundles[name]
-    old = prepare_graph(bundle, old=True)
-    assert old == bundle.path / OLD_GRAPH_FILE
+    old = prepare_graph(bundle, version=version)
+    assert old == bundle.path / (OLD_GRAPH_FILE if version > (8, 5) else OLDEST_GRAPH_FILE)
     model = onnx.load(old, load_external_data=False)
     assert {o.domain: o.version for o in model.opset_import}[""] == 17
     assert model.ir_version == 8
-    assert not {"LayerNormalization", "Gelu", "Split"} & {node.op_type for node in model.graph.node}
+    kinds = {node.op_type for node in model.graph.node}
+    assert not {"Gelu", "Split"} & kinds
+    assert ("LayerNormalization" in kinds) == (version > (8, 5))  # whose parser makes one layer of it
+    assert not any(node.name.startswith("float32") for node in model.graph.node)  # nothing is float16 here
     assert sum(node.op_type == contract.OP_TYPE for node in model.graph.node) == len(bundle.groups)
     feeds = random_feeds(old, bundle)
     new = prepare_graph(bundle)
@@ -212,102 +237,6 @@ def test_an_unknown_symbolic_dimension_is_refused(tiny: Bundle) -> None:
 # --- the build
 
 
-class FakeTensorRT(types.ModuleType):
-    """Records what the builder is asked for; `version` decides which parts exist."""
-
-    def __init__(self, version: str = "10.16.0", *, problem: str = "") -> None:
-        super().__init__("tensorrt")
-        self.__version__ = version
-        self.problem = problem
-        self.said: dict[str, Any] = {"preview": [], "set": [], "cleared": [], "shapes": {}}
-        new = not version.startswith("8.5")
-        fake = self
-
-        class ILogger:
-            Severity = types.SimpleNamespace(ERROR=1, INTERNAL_ERROR=0, WARNING=2)
-
-        class Builder:
-            def __init__(self, logger: Any) -> None:
-                if problem == "no GPU":
-                    logger.log(1, "CUDA initialization failure with error: 35")
-                    raise TypeError("factory function returned nullptr")
-                self.logger = logger
-
-            def create_network(self, flags: int) -> Any:
-                fake.said["network"] = flags
-                return types.SimpleNamespace()
-
-            def create_builder_config(self) -> Any:
-                fake.config = Config()
-                return fake.config
-
-            def create_optimization_profile(self) -> Any:
-                def set_shape(name: str, *three: Any) -> None:
-                    fake.said["shapes"][name] = three
-
-                return types.SimpleNamespace(set_shape=set_shape)
-
-            def build_serialized_network(self, network: Any, config: Any) -> bytes | None:
-                if problem == "no tactic":
-                    self.logger.log(1, "could not find any implementation")
-                    return None
-                if new and getattr(config, "progress_monitor", None) is not None:
-                    config.progress_monitor.phase_start("tactics", None, 2)
-                    assert config.progress_monitor.step_complete("tactics", 0)
-                    config.progress_monitor.phase_finish("tactics")
-                return b"a plan"
-
-        class Config:
-            def __init__(self) -> None:
-                if new:
-                    self.plugins_to_serialize: list[str] = []
-                    self.progress_monitor: Any = None
-
-            def clear_flag(self, flag: str) -> None:
-                fake.said["cleared"].append(flag)
-
-            def set_flag(self, flag: str) -> None:
-                fake.said["set"].append(flag)
-
-            def set_preview_feature(self, feature: str, on: bool) -> None:
-                fake.said["preview"].append(feature)
-
-            def add_optimization_profile(self, profile: Any) -> None:
-                fake.said["profiles"] = fake.said.get("profiles", 0) + 1
-
-            def create_timing_cache(self, data: bytes) -> Any:
-                fake.said["cache"] = data
-                return types.SimpleNamespace(serialize=lambda: data + b"+")
-
-            def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> None:
-                assert ignore_mismatch is False
-
-        class OnnxParser:
-            num_errors = 1
-
-            def __init__(self, network: Any, logger: Any) -> None:
-                self.network = network
-
-            def parse_from_file(self, path: str) -> bool:
-                fake.said["graph"] = path
-                names = [i.name for i in onnx.load(path, load_external_data=False).graph.input]
-                self.network.num_inputs = len(names)
-                self.network.get_input = lambda i: types.SimpleNamespace(name=names[i])
-                return problem != "unreadable"
-
-            def get_error(self, index: int) -> Any:
-                return types.SimpleNamespace(desc=lambda: "no importer\nfor Frobnicate")
-
-        self.ILogger, self.Builder, self.OnnxParser = ILogger, Builder, OnnxParser
-        self.BuilderFlag = types.SimpleNamespace(TF32="TF32", FP16="FP16")
-        flags: dict[str, int] = {"EXPLICIT_BATCH": 0}
-        if new:
-            flags["STRONGLY_TYPED"] = 1
-            self.PreviewFeature = types.SimpleNamespace(ALIASED_PLUGIN_IO_10_03="aliased")
-            self.IProgressMonitor = type("IProgressMonitor", (), {})
-        self.NetworkDefinitionCreationFlag = types.SimpleNamespace(**flags)
-
-
 @pytest.fixture
 def merged(tmp_path: Path) -> Bundle:
     return Bundle.load(write_bundle(tmp_path / "merged", merged=True))
@@ -360,7 +289,7 @@ def test_a_multi_adapter_engine_carries_the_plugin(tiny: Bundle, monkeypatch: py
     lines: list[str] = []
     manifest = build_engine(tiny, profile=Profile(slots=(2, 16, 100)), report=lines.append)
     assert trt.config.plugins_to_serialize == [str(library.resolve())]
-    assert trt.said["preview"] == ["aliased"]
+    assert trt.said["preview"] == {"ALIASED_PLUGIN_IO_10_03": True}
     assert trt.said["graph"] == str(tiny.path / GRAPH_FILE)
     assert (manifest.plugin, manifest.max_slots) == ("embedded", 100)
     assert f"--dynamicPlugins={library.resolve()}" in lines[0]
@@ -371,18 +300,139 @@ def test_a_multi_adapter_engine_carries_the_plugin(tiny: Bundle, monkeypatch: py
         build_engine(tiny)
 
 
-def test_tensorrt_8_gets_its_own_graph_and_flags(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
-    trt = FakeTensorRT("8.5.3.1")
+def test_the_plugin_writes_beside_its_inputs_where_that_is_asked_for(
+    tiny: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT asks the plugin what it writes over only where the preview feature is on."""
+    trt = FakeTensorRT()
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    plugin_of(tiny.path, 101600, monkeypatch)
+    lines: list[str] = []
+    build_engine(tiny, in_place=False, report=lines.append)
+    assert trt.said["preview"] == {}
+    assert "--preview" not in lines[0]
+    result = CliRunner().invoke(main, ["build", str(tiny.path), "--no-in-place"])
+    assert result.exit_code == 0, result.output
+    assert trt.said["preview"] == {}
+    CliRunner().invoke(main, ["build", str(tiny.path)])
+    assert trt.said["preview"] == {"ALIASED_PLUGIN_IO_10_03": True}
+
+
+@pytest.mark.parametrize("version", OLD)
+def test_old_versions_get_their_own_graph_and_flags(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    trt = FakeTensorRT(version)
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     bundle = bundles["bert"]
-    plugin_of(bundle.path, 80503, monkeypatch)
-    lines: list[str] = []
-    manifest = build_engine(bundle, report=lines.append)
-    assert trt.said["graph"] == str(bundle.path / OLD_GRAPH_FILE)
-    assert trt.said["network"] == 1
-    assert (manifest.plugin, manifest.concurrent) == ("library", False)
-    assert " --plugins=" in lines[0]
-    assert "--stronglyTyped" not in lines[0]
+    number = [int(part) for part in version.split(".")[:3]]
+    plugin_of(bundle.path, number[0] * 10000 + number[1] * 100 + number[2], monkeypatch)
+    manifest = build_engine(bundle)
+    assert trt.said["graph"] == str(bundle.path / OLD[version])
+    assert trt.said["network"] == 1  # also for 9, which has strongly typed networks
+    assert trt.said["set"] == []
+    expected = ("library", False) if version.startswith("8.5") else ("embedded", True)
+    assert (manifest.plugin, manifest.concurrent) == expected
+    assert trt.said["preview"] == ({} if version.startswith("8.5") else {"PROFILE_SHARING_0806": True})
+
+
+@pytest.mark.parametrize("version", OLD)
+@pytest.mark.parametrize("name", HALF)
+def test_what_is_float32_in_a_float16_graph_stays_float32(
+    half: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch, name: str, version: str
+) -> None:
+    """Before TensorRT 10 the builder chooses among the types it may use, unless a layer is told one and it obeys."""
+    trt = FakeTensorRT(version)
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    number = [int(part) for part in version.split(".")[:3]]
+    plugin_of(half[name].path, number[0] * 10000 + number[1] * 100 + number[2], monkeypatch)
+    build_engine(half[name])
+    assert trt.said["set"] == ["FP16", "OBEY_PRECISION_CONSTRAINTS"]
+    types, reads = types_and_readers(Path(trt.said["graph"]))
+    pins = trt.pins()
+    checked = {"float32": 0, "float16": 0, "in": 0}
+    for layer in trt.network.layers:
+        results = {types[output.name] for output in layer.outputs if output.name}
+        if layer.type in ("constant", "shape") or not results:
+            continue
+        if "float32" in results:
+            assert pins[layer.name] == ("float32", {0: "float32"})
+            checked["float32"] += 1
+        elif "float16" in results and layer.type != "layernormalization":  # that one is float32 inside anyway
+            assert layer.name not in pins
+            checked["float16"] += 1
+        elif "float32" in {types.get(value) for value in reads[layer.outputs[0].name]}:
+            assert pins[layer.name] == ("float32", {})
+            checked["in"] += 1
+    assert checked["float32"] > 10
+    assert checked["float16"] > 50
+    assert checked["in"] > 0 or name != "bert-classifier"  # its head compares scales with 0
+    helpers = [layer for layer in trt.network.layers if layer.name.startswith(("(Unnamed", "ONNXTRT_"))]
+    pairs = zip(trt.network.layers, trt.network.layers[1:], strict=False)
+    for helper in (first for first, second in pairs if first in helpers and second.name in pins):
+        assert (helper.name in pins) == (helper.outputs[0].dtype in ("float32", "float16"))
+
+
+def types_and_readers(graph: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Of a graph's values, its subgraphs' too: the type of each, and what the node that makes it reads."""
+    names = {1: "float32", 10: "float16", 7: "int64", 6: "int32", 9: "bool"}
+    types: dict[str, str] = {}
+    reads: dict[str, list[str]] = {}
+    model = onnx.shape_inference.infer_shapes(onnx.load(graph, load_external_data=False))
+    waiting = [model.graph]
+    while waiting:
+        part = waiting.pop()
+        for value in (*part.input, *part.value_info, *part.output):
+            types[value.name] = names[value.type.tensor_type.elem_type]
+        types |= {tensor.name: names[tensor.data_type] for tensor in part.initializer}
+        for node in part.node:
+            reads |= {output: list(node.input) for output in node.output}
+            waiting += [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+    return types, reads
+
+
+@pytest.mark.parametrize("version", ["8.5.3.1", "8.6.1", "9.3.0", "10.0.1", "10.3.0", "10.16.0", "11.1.0"])
+@pytest.mark.parametrize("bundle", ["bert-classifier", "llama", "merged", "float32"])
+def test_the_printed_command_asks_for_what_the_build_asks_for(
+    half: dict[str, Bundle], bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch, bundle: str, version: str
+) -> None:
+    """`trtexec`, replayed as NVIDIA wrote it, tells the builder the same, whatever the version and the options."""
+    loaded = bundles["bert"] if bundle == "float32" else half[bundle]
+    number = [int(part) for part in version.split(".")[:3]]
+    plugin_of(loaded.path, number[0] * 10000 + number[1] * 100 + number[2], monkeypatch)
+    for options in [{}, {"embed_plugin": False, "in_place": False, "timing_cache": loaded.path / "timings.bin"}]:
+        ours = FakeTensorRT(version)
+        monkeypatch.setitem(sys.modules, "tensorrt", ours)
+        lines: list[str] = []
+        build_engine(loaded, loaded.path / "x.engine", report=lines.append, **options)
+        theirs = trtexec(lines[0], version)
+        for what in ("graph", "network", "set", "cleared", "preview", "profiles"):
+            assert ours.said.get(what) == theirs.said.get(what), what
+        assert ("cache" in ours.said) == ("cache" in theirs.said)
+        dynamic = {name: three for name, three in ours.said["shapes"].items() if three[0] != three[2]}
+        assert dynamic == theirs.said["shapes"]
+        assert getattr(ours.config, "plugins_to_serialize", []) == getattr(theirs.config, "plugins_to_serialize", [])
+        library = [str(loaded.path / "libsdct_tensorrt.so")] if loaded.groups else []
+        assert theirs.said["loaded"] == library
+        helpers = ("(Unnamed", "ONNXTRT_")  # what has no name of its own only the API can tell
+        pins = {name: pin for name, pin in ours.pins().items() if not name.startswith(helpers)}
+        assert pins == theirs.pins()
+        assert bool(pins) == (number[0] < 10 and bundle != "float32")
+
+
+def test_bfloat16_needs_tensorrt_10(tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = dataclasses.replace(tiny, dtype="bfloat16")
+    for version in OLD:
+        monkeypatch.setitem(sys.modules, "tensorrt", FakeTensorRT(version))
+        with pytest.raises(UnsupportedError, match="does not keep to the types of a bfloat16 bundle; use TensorRT 10"):
+            build_engine(bundle)
+
+
+def test_values_without_a_type_are_refused_where_float16_could_be_chosen() -> None:
+    node = onnx.helper.make_node("Frobnicate", ["x"], ["y"], name="n", domain="elsewhere")
+    graph = onnx.helper.make_graph([node], "g", [onnx.helper.make_tensor_value_info("x", 1, [2])], [])
+    with pytest.raises(UnsupportedError, match=r"node 'n' .Frobnicate. gives a value of unknown type"):
+        lower.name_float32(graph)
 
 
 @pytest.mark.parametrize(
@@ -463,7 +513,10 @@ def test_damaged_manifests(tmp_path: Path, damage: str) -> None:
         EngineManifest.load(engine)
 
 
-def test_trtexec_leaves_fixed_shapes_out(tiny: Bundle) -> None:
+def test_trtexec_leaves_fixed_shapes_out() -> None:
     shapes = {"a": ((1, 2), (1, 2), (1, 2)), "b": ((1,), (2,), (3,))}
-    command = trtexec_command(tiny, Path("g.onnx"), Path("e.engine"), shapes)
+    told = settings.builder_settings(
+        (10, 16), "float32", Path("g.onnx"), shapes, library=None, embed=True, in_place=True
+    )
+    command = settings.command((10, 16), Path("g.onnx"), Path("e.engine"), told, None)
     assert "--minShapes=b:1 --optShapes=b:2 --maxShapes=b:3" in command

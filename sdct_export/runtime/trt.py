@@ -1,9 +1,16 @@
-"""TensorRT as a backend: one engine, pooled execution contexts, the adapter bank on the device. Never imports torch.
+"""TensorRT as a backend: one engine, lanes that run requests, the adapter bank on the device. Never imports torch.
 
-A request takes an execution context with its own stream and buffers. A context keeps the shapes it last ran with: it
-runs once as it is, is then captured into a CUDA graph, and replays that for every later request of the same shapes. An
-adapter is written into its slot on one copy stream; requests wait for that stream's last event before they start, on
-the device. `bank` never writes a slot that a running request uses, so no request waits for another one's adapter.
+A request takes a lane: a stream, device memory for the largest inputs, outputs and activations of the engine, and
+page-locked host memory, all allocated once. A lane keeps several shapes prepared. Each has an execution context of its
+own (a graph holds only while its context is left alone), all in the lane's one block of activations. The first request
+of a shape runs as it is and is captured into a CUDA graph at once, the later ones replay it. So that a few shapes
+serve all lengths, these are rounded up to those of `buckets`, where the model reads a mask and masked tokens change
+nothing in its results, which is tried out when it is loaded. What a model gives for masked tokens themselves is
+undefined.
+
+An adapter is written into its slot on one copy stream; requests wait for that stream's last event before they start,
+on the device. `bank` never writes a slot that a running request uses, so no request waits for another one's adapter.
+A bank that was outgrown is freed with the last request that runs in it.
 
 Not yet run on a GPU: see docs/tensorrt.md.
 """
@@ -11,23 +18,29 @@ Not yet run on a GPU: see docs/tensorrt.md.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from .. import contract
 from ..adapter.entries import Array
 from ..bundle.description import Bundle, TensorSpec, file_sha256
 from ..engine.build import ENGINE_FILE, PLUGIN, PLUGIN_EMBEDDED, PLUGIN_LIBRARY, EngineManifest, Log, load_plugin
 from ..errors import AdapterFormatError, ConfigError, SdctError, UnsupportedError
 from ..native import find_plugin
+from .buckets import MASK, Buckets, probe_inputs
+from .cuda import Cuda, DeviceMemory, DeviceTensor, Graph, HostMemory, Stream
 from .guarded import Guarded, Latch
 
-MAX_CONTEXTS = 8  # each holds the engine's activations once
+MAX_LANES = 8  # requests on the device at a time; each lane holds the engine's activations once
+MAX_SHAPES = 8  # prepared in a lane; each has an execution context and a graph
+STAGING_BYTES = 64 << 20  # most page-locked memory for outputs; larger ones pass through it in pieces
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "FLOAT": np.dtype(np.float32),
@@ -43,97 +56,60 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 Key = tuple[tuple[str, tuple[int, ...], int], ...]  # per input: name, shape, and address where it is a bank tensor
 
 
-class Cuda:
-    """The few CUDA calls the backend makes, on one device; failures raise."""
+@dataclasses.dataclass(eq=False)
+class _Prepared:
+    """An execution context with the shapes and addresses of `key`, and what it was captured into."""
 
-    def __init__(self, device: int) -> None:
-        try:
-            from cuda.bindings import runtime
-        except ImportError:
-            raise UnsupportedError(
-                "backend 'tensorrt' needs the package cuda-python; pip install 'sdct_export[tensorrt]'"
-            ) from None
-        self.api, self.device = runtime, device
-        status, count = runtime.cudaGetDeviceCount()
-        if status != runtime.cudaError_t.cudaSuccess or device >= count:
-            found = count if status == runtime.cudaError_t.cudaSuccess else f"none ({status.name})"
-            raise UnsupportedError(f"no CUDA device {device}; found: {found}. Check the driver with nvidia-smi")
+    execution: Any
+    key: Key | None = None  # None while it is not ready
+    outputs: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    bank: tuple[weakref.ref[DeviceTensor], ...] = ()  # whose addresses it has; not held: a request holds its own bank
+    graph: Graph | None = None
+    runs: int = 0
+    capture_at: int = 0  # the run that tries, then later ones each twice as far: what failed once may work again
+    used: int = 0
 
-    def __call__(self, function: str, *arguments: Any) -> Any:
-        """The results of `cuda<function>`: None, one value, or a tuple."""
-        status, *results = getattr(self.api, f"cuda{function}")(*arguments)
-        if status == self.api.cudaError_t.cudaErrorMemoryAllocation:
-            raise MemoryError("the CUDA device is out of memory")
-        if status != self.api.cudaError_t.cudaSuccess:
-            raise SdctError(f"CUDA call {function} failed with {status.name}; check the device with nvidia-smi")
-        return None if not results else results[0] if len(results) == 1 else tuple(results)
-
-    def use(self) -> None:
-        """Make the device the current one of this thread."""
-        self("SetDevice", self.device)
-
-    def upload(self, target: int, array: Array, stream: Any) -> None:
-        """Copy a contiguous array; it may be freed when the call returns, the copy is ordered on `stream`."""
-        kind = self.api.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self("MemcpyAsync", target, array.ctypes.data, array.nbytes, kind, stream)
-
-    def download(self, array: Array, source: int, stream: Any) -> None:
-        """Copy into a contiguous array, complete once `stream` is."""
-        kind = self.api.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self("MemcpyAsync", array.ctypes.data, source, array.nbytes, kind, stream)
-
-
-class DeviceTensor:
-    """Device memory of a bank tensor, freed with the last reference to it. Never empty."""
-
-    def __init__(self, cuda: Cuda, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        self._cuda = cuda
-        self.shape, self.dtype = shape, dtype
-        self.nbytes = max(1, int(np.prod(shape)) * dtype.itemsize)
-        cuda.use()
-        self.pointer = int(cuda("Malloc", self.nbytes))
-
-    def __del__(self) -> None:
-        if hasattr(self, "pointer"):
-            self._cuda.api.cudaFree(self.pointer)  # at interpreter exit the device may be gone; nothing to report
+    def is_stale(self) -> bool:
+        """Whether nothing can ask for it any more."""
+        return self.key is None or any(tensor() is None for tensor in self.bank)
 
 
 @dataclasses.dataclass(eq=False)
-class _Context:
-    """An execution context, its stream and buffers, for the shapes it last ran with."""
+class _Lane:
+    """What one request at a time runs in: a stream, memory for the largest sizes, and the shapes that are prepared."""
 
-    execution: Any = None
-    stream: Any = None
-    key: Key | None = None
-    buffers: dict[str, DeviceTensor] = dataclasses.field(default_factory=dict)
-    outputs: dict[str, DeviceTensor] = dataclasses.field(default_factory=dict)
-    held: tuple[DeviceTensor, ...] = ()  # bank tensors whose addresses a captured graph has
-    graph: Any = None
-    capturable: bool = True
+    stream: Stream | None = None  # set last: where it is there, everything is
+    activations: DeviceMemory | None = None
+    inputs: dict[str, DeviceMemory] = dataclasses.field(default_factory=dict)
+    outputs: dict[str, DeviceMemory] = dataclasses.field(default_factory=dict)
+    sent: dict[str, HostMemory] = dataclasses.field(default_factory=dict)
+    received: HostMemory | None = None
+    prepared: list[_Prepared] = dataclasses.field(default_factory=list)
+    busy: _Prepared | None = None  # from the beginning of a run until it has ended well
     capturing: bool = False  # from before the stream does until after
     user: weakref.ref[_User] | None = None  # the request that has it
-    used: int = 0  # larger than that of contexts not used since
+    used: int = 0  # larger than that of lanes not used since
 
 
 class _User:
-    """A request that may have a context."""
+    """A request that may have a lane."""
 
 
 class _Pool(Guarded):
-    """At most `limit` contexts, each used by one request at a time; that of a request that is gone is idle.
+    """At most `limit` lanes, each used by one request at a time; that of a request that is gone is idle.
 
-    One attribute of a context says whether it is idle, so an exception leaves nothing to repair.
+    One attribute of a lane says whether it is idle, so an exception leaves nothing to repair.
     """
 
     def __init__(self, limit: int) -> None:
         super().__init__()
         self._limit = limit
-        self._contexts: list[_Context] = []
+        self._lanes: list[_Lane] = []
         self._waiting: list[Latch] = []
         self._uses = 0
 
-    def take(self, key: Key, user: _User) -> _Context:
-        """An idle context, one prepared for `key` first, or a new, empty one; waits where all are in use."""
+    def take(self, key: Key, user: _User) -> _Lane:
+        """An idle lane, one prepared for `key` first, or else a new, empty one; waits where all are in use."""
         while isinstance(found := self.atomically(self._find, key, user), Latch):
             found.wait()
         return found
@@ -142,29 +118,41 @@ class _Pool(Guarded):
         """What `user` has is idle again; may be called again, and where it has nothing."""
         self.atomically(self._give_back, user)
 
-    def _find(self, key: Key, user: _User) -> _Context | Latch:
-        idle = [c for c in self._contexts if c.user is None or c.user() is None]
-        found = [c for c in idle if c.key == key]
-        if not found and len(self._contexts) < self._limit:
-            found = [_Context()]
-            self._contexts += found
-        if not found and not idle:
+    def do_without(self, lane: _Lane) -> bool:
+        """Forget a lane for which there is no memory; whether there are others to wait for instead."""
+        return self.atomically(self._do_without, lane)
+
+    def _find(self, key: Key, user: _User) -> _Lane | Latch:
+        idle = [lane for lane in self._lanes if lane.user is None or lane.user() is None]
+        if idle:
+            ready = [lane for lane in idle if any(prepared.key == key for prepared in lane.prepared)]
+            lane = min(ready or idle, key=lambda lane: (len(lane.prepared), lane.used))
+        elif len(self._lanes) < self._limit:
+            lane = _Lane()
+            self._lanes += [lane]
+        else:
             latch = Latch()
             self._waiting.append(latch)
             return latch
-        context = found[0] if found else min(idle, key=lambda c: c.used)
-        context.user = weakref.ref(user)
-        return context
+        lane.user = weakref.ref(user)
+        return lane
 
     def _give_back(self, user: _User) -> None:
-        for context in self._contexts:
-            if context.user is not None and context.user() is user:
+        for lane in self._lanes:
+            if lane.user is not None and lane.user() is user:
                 self._uses += 1
-                context.used = self._uses
-                context.user = None
+                lane.used = self._uses
+                lane.user = None
         while self._waiting:
             self._waiting[-1].wake()
             self._waiting.pop()
+
+    def _do_without(self, lane: _Lane) -> bool:
+        others = [other for other in self._lanes if other is not lane]
+        if others:
+            self._limit = len(others)
+        self._lanes = others
+        return bool(others)
 
 
 class TrtBackend:
@@ -179,6 +167,7 @@ class TrtBackend:
         ConfigError: `device` has no such value.
         UnsupportedError: TensorRT, cuda-python, the plugin library or the device is missing.
         AdapterFormatError: the engine is missing, damaged, or of another bundle or TensorRT version.
+        SdctError: the device has no room for the engine's largest sizes.
     """
 
     native = True  # an engine holds the plugin, there is no other way
@@ -207,6 +196,7 @@ class TrtBackend:
         self._cuda.use()
         self._manifest = manifest
         self._log = Log(trt)
+        self._trt = trt
         self._engine = self._load(trt, path)
         self.inputs: dict[str, tuple[int | str | None, ...]] = {n: s[2] for n, s in manifest.shapes.items()}
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
@@ -215,10 +205,16 @@ class TrtBackend:
         self.outputs: tuple[str, ...] = tuple(n for n in names if not is_input[n])
         self.graph: Mapping[str, TensorSpec] | None = None  # the manifest is compared instead
         self._dtypes = {n: self._dtype(n) for n in names}
-        self._copies = self._cuda("StreamCreateWithFlags", self._cuda.api.cudaStreamNonBlocking)
+        self._copies = Stream(self._cuda)
         self._copied = self._cuda("EventCreateWithFlags", self._cuda.api.cudaEventDisableTiming)
-        self._creating = Guarded()  # contexts are created one at a time
-        self._pool = _Pool(MAX_CONTEXTS if manifest.concurrent else 1)
+        self._creating = Guarded()  # execution contexts are created one at a time
+        # without shared profiles an engine has one context, and so one shape at a time
+        self._shapes = MAX_SHAPES if manifest.concurrent else 1
+        self._pool = _Pool(MAX_LANES if manifest.concurrent else 1)
+        self._spare: list[Any] = []
+        self._largest = self._largest_outputs()
+        self.buckets: Buckets | None = None  # None where lengths are as they come
+        self.buckets = self._find_buckets(bundle)
 
     @property
     def max_slots(self) -> int:
@@ -228,32 +224,32 @@ class TrtBackend:
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceTensor:
         """A bank tensor of zeros on the device. Raises `MemoryError`."""
         tensor = DeviceTensor(self._cuda, shape, np.dtype(dtype))
-        self._cuda("MemsetAsync", tensor.pointer, 0, tensor.nbytes, self._copies)
-        self._cuda("EventRecord", self._copied, self._copies)
+        self._cuda("MemsetAsync", tensor.pointer, 0, tensor.nbytes, self._copies.handle)
+        self._cuda("EventRecord", self._copied, self._copies.handle)
         return tensor
 
     def write(self, tensor: DeviceTensor, slot: int, row: Array) -> None:
         """`tensor[slot] = row` by one asynchronous copy; runs that start later see it."""
         self._cuda.use()
         row = np.ascontiguousarray(row, tensor.dtype)
-        self._cuda.upload(tensor.pointer + slot * row.nbytes, row, self._copies)
-        self._cuda("EventRecord", self._copied, self._copies)
+        self._cuda.upload(tensor.pointer + slot * row.nbytes, row.ctypes.data, row.nbytes, self._copies.handle)
+        self._cuda("EventRecord", self._copied, self._copies.handle)
 
     def read(self, tensor: DeviceTensor, slot: int) -> Array:
         """A copy of `tensor[slot]` in host memory."""
         self._cuda.use()
         row = np.empty(tensor.shape[1:], tensor.dtype)
-        self._cuda.download(row, tensor.pointer + slot * row.nbytes, self._copies)
-        self._cuda("StreamSynchronize", self._copies)
+        self._cuda.download(row.ctypes.data, tensor.pointer + slot * row.nbytes, row.nbytes, self._copies.handle)
+        self._cuda("StreamSynchronize", self._copies.handle)
         return row
 
     def copy(self, source: DeviceTensor, target: DeviceTensor) -> None:
         """Set the first slots of `target` to those of the smaller `source`."""
         self._cuda.use()
         kind = self._cuda.api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        self._cuda("MemcpyAsync", target.pointer, source.pointer, source.nbytes, kind, self._copies)
-        self._cuda("StreamSynchronize", self._copies)  # `source` may be freed next
-        self._cuda("EventRecord", self._copied, self._copies)
+        self._cuda("MemcpyAsync", target.pointer, source.pointer, source.nbytes, kind, self._copies.handle)
+        self._cuda("StreamSynchronize", self._copies.handle)  # `source` may be freed next
+        self._cuda("EventRecord", self._copied, self._copies.handle)
 
     def run(self, inputs: Mapping[str, Array], bank: Mapping[str, DeviceTensor]) -> dict[str, Array]:
         """All outputs as arrays in host memory.
@@ -263,7 +259,13 @@ class TrtBackend:
             SdctError: TensorRT or CUDA failed.
         """
         self._check_sizes({n: a.shape for n, a in inputs.items()} | {n: t.shape for n, t in bank.items()})
-        feeds = {n: np.ascontiguousarray(inputs[n], self._dtypes[n]) for n in self._reads if n in inputs}
+        if self.buckets is None:
+            return self._request(inputs, bank)
+        return self.buckets.cut(self._request(self.buckets.pad(inputs), bank), inputs[MASK].shape[1])
+
+    def _request(self, inputs: Mapping[str, Array], bank: Mapping[str, DeviceTensor]) -> dict[str, Array]:
+        """As `run`, with shapes as they are."""
+        feeds = {n: inputs[n] for n in self._reads if n in inputs}
         used = {n: bank[n] for n in self._reads if n in bank}
         key: Key = (
             *((n, a.shape, 0) for n, a in feeds.items()),
@@ -314,97 +316,220 @@ class TrtBackend:
                     "split the batch, or build the engine for larger sizes"
                 )
 
+    def _find_buckets(self, bundle: Bundle) -> Buckets | None:
+        """Buckets for lengths, where a trial shows that masked tokens change no result."""
+        inputs = probe_inputs(bundle)
+        buckets = Buckets.of(bundle, self._reads, self._manifest.shapes[MASK][2][1]) if MASK in self._reads else None
+        if buckets is None or inputs is None:
+            return None
+        shapes = self._manifest.shapes
+        rows = min(max(len(inputs[MASK]), shapes[MASK][0][0]), shapes[MASK][2][0])
+        inputs = {name: np.resize(array, (rows, *array.shape[1:])) for name, array in inputs.items()}
+        bank = {n: self.zeros(low, self._dtypes[n]) for n, (low, _, _) in shapes.items() if n in self._bank_reads}
+        for name in {contract.ADAPTER_IDS, contract.ADAPTER_SCALES} & shapes.keys():
+            inputs[name] = np.zeros((rows, shapes[name][0][1]), np.int32 if "ids" in name else np.float32)
+        try:
+            self._check_sizes({n: a.shape for n, a in inputs.items()})
+        except ConfigError:  # the engine was built for other sizes
+            return None
+        harmless = buckets.is_harmless(lambda given: self._request(given, bank), inputs, bundle.dtype)
+        return buckets if harmless else None
+
     def _run(
         self, user: _User, key: Key, feeds: Mapping[str, Array], bank: Mapping[str, DeviceTensor]
     ) -> dict[str, Array]:
-        context = self._pool.take(key, user)
+        while True:
+            lane = self._pool.take(key, user)
+            try:
+                self._clean(lane)  # what an exception may have left
+                if lane.stream is None:
+                    self._fill(lane)
+                break
+            except MemoryError as error:
+                if not self._pool.do_without(lane):
+                    raise SdctError(
+                        f"no device memory for the largest sizes of this engine ({error}); build it for smaller ones"
+                    ) from error
         try:
-            return self._run_in(context, key, feeds, bank)
+            return self._run_in(lane, key, feeds, bank)
         except BaseException as error:
-            self._reset(context)  # whatever state it is in, the next request starts afresh
+            self._clean(lane)  # whatever state it is in, the next request starts afresh
             if isinstance(error, MemoryError):
-                raise SdctError(
-                    f"no device memory for a request of this size ({error}); use smaller batches"
-                ) from error
+                raise SdctError(f"no device memory for another shape ({error}); build the engine for fewer") from error
             raise
 
     def _run_in(
-        self, context: _Context, key: Key, feeds: Mapping[str, Array], bank: Mapping[str, DeviceTensor]
+        self, lane: _Lane, key: Key, feeds: Mapping[str, Array], bank: Mapping[str, DeviceTensor]
     ) -> dict[str, Array]:
-        cuda = self._cuda
-        if context.stream is None:
-            self._fill(context)
-        first = context.key != key
-        if first:
-            self._prepare(context, key, feeds, bank)
+        assert lane.stream is not None
+        cuda, stream = self._cuda, lane.stream.handle
+        prepared = self._prepare(lane, key, feeds, bank)
         for name, array in feeds.items():
-            cuda.upload(context.buffers[name].pointer, array, context.stream)
-        cuda("StreamWaitEvent", context.stream, self._copied, 0)
-        if context.graph is not None or (not first and context.capturable and self._capture(context)):
-            cuda("GraphLaunch", context.graph, context.stream)
+            dtype = self._dtypes[name]
+            nbytes = array.size * dtype.itemsize
+            np.copyto(lane.sent[name].array[:nbytes].view(dtype).reshape(array.shape), array, casting="unsafe")
+            cuda.upload(lane.inputs[name].pointer, lane.sent[name].pointer, nbytes, stream)
+        cuda("StreamWaitEvent", stream, self._copied, 0)
+        if prepared.graph is not None:
+            cuda("GraphLaunch", prepared.graph.handle, stream)
         else:
-            self._enqueue(context)
-        results = {n: np.empty(t.shape, t.dtype) for n, t in context.outputs.items()}
-        for name, array in results.items():
-            if array.nbytes:
-                cuda.download(array, context.outputs[name].pointer, context.stream)
-        cuda("StreamSynchronize", context.stream)
+            if not prepared.execution.execute_async_v3(int(stream)):
+                raise SdctError(f"TensorRT could not run the engine: {self._log.reason()}")
+            if prepared.runs == prepared.capture_at and not self._capture(lane, prepared):  # while the device works
+                prepared.capture_at = 2 * prepared.runs + 1
+            prepared.runs += 1
+        results = self._receive(lane, prepared)
+        lane.busy = None
         return results
 
-    def _prepare(
-        self, context: _Context, key: Key, feeds: Mapping[str, Array], bank: Mapping[str, DeviceTensor]
-    ) -> None:
-        """Give `context` the shapes, addresses and buffers of `key`."""
-        self._reset(context)
-        execution = context.execution
-        context.buffers = {n: DeviceTensor(self._cuda, a.shape, a.dtype) for n, a in feeds.items()}
-        tensors = context.buffers | dict(bank)
-        for name, tensor in tensors.items():
-            if not execution.set_input_shape(name, tensor.shape):
-                raise SdctError(f"TensorRT refused input {name!r} of shape {list(tensor.shape)}: {self._log.reason()}")
-        shapes = {n: tuple(execution.get_tensor_shape(n)) for n in self.outputs}
-        context.outputs = {n: DeviceTensor(self._cuda, s, self._dtypes[n]) for n, s in shapes.items()}
-        for name, tensor in (tensors | context.outputs).items():
-            execution.set_tensor_address(name, tensor.pointer)
-        context.held = tuple(bank.values())
-        context.key = key
+    def _receive(self, lane: _Lane, prepared: _Prepared) -> dict[str, Array]:
+        """The outputs, through page-locked memory; returns once the stream is done."""
+        assert lane.stream is not None
+        assert lane.received is not None
+        cuda, stream, staging = self._cuda, lane.stream.handle, lane.received
+        results = {n: np.empty(shape, self._dtypes[n]) for n, shape in prepared.outputs.items()}
+        waiting: list[tuple[Array, int]] = []  # where bytes belong, and where in the staging memory they arrive
+        filled = 0
+        for name, result in results.items():
+            flat = result.reshape(-1).view(np.uint8)
+            done = 0
+            while done < flat.size:
+                if filled == staging.nbytes:
+                    self._unload(staging, waiting, stream)
+                    waiting, filled = [], 0
+                size = min(flat.size - done, staging.nbytes - filled)
+                cuda.download(staging.pointer + filled, lane.outputs[name].pointer + done, size, stream)
+                waiting.append((flat[done : done + size], filled))
+                done, filled = done + size, filled + size
+        self._unload(staging, waiting, stream)
+        return results
 
-    def _capture(self, context: _Context) -> bool:
-        """Capture one run into a CUDA graph; False where this engine cannot be captured."""
-        cuda = self._cuda
-        context.capturing = True
-        cuda("StreamBeginCapture", context.stream, cuda.api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
-        done = context.execution.execute_async_v3(int(context.stream))
-        status, graph = cuda.api.cudaStreamEndCapture(context.stream)
-        context.capturing = False
+    def _unload(self, staging: HostMemory, waiting: Sequence[tuple[Array, int]], stream: Any) -> None:
+        self._cuda("StreamSynchronize", stream)
+        for target, start in waiting:
+            target[:] = staging.array[start : start + target.size]
+
+    def _prepare(
+        self, lane: _Lane, key: Key, feeds: Mapping[str, Array], bank: Mapping[str, DeviceTensor]
+    ) -> _Prepared:
+        """The lane's execution context for `key`: one that has these shapes and addresses, or one that gets them."""
+        prepared = next((one for one in lane.prepared if one.key == key), None)
+        if prepared is None:
+            prepared = self._place(lane)
+            lane.busy = prepared
+            execution = prepared.execution
+            shapes = {n: a.shape for n, a in feeds.items()} | {n: t.shape for n, t in bank.items()}
+            self._set_shapes(execution, shapes)
+            prepared.outputs = {n: tuple(execution.get_tensor_shape(n)) for n in self.outputs}
+            for name, memory in (lane.inputs | lane.outputs | dict(bank)).items():
+                execution.set_tensor_address(name, memory.pointer)
+            prepared.runs = prepared.capture_at = 0
+            prepared.key = key
+        lane.busy = prepared
+        prepared.bank = tuple(weakref.ref(tensor) for tensor in bank.values())
+        prepared.used = 1 + max(one.used for one in lane.prepared)
+        return prepared
+
+    def _place(self, lane: _Lane) -> _Prepared:
+        """One that is of no use any more, a new one, or the one not used for longest; not ready for anything."""
+        place = next((one for one in lane.prepared if one.is_stale()), None)
+        if place is None and len(lane.prepared) >= self._shapes:
+            place = min(lane.prepared, key=lambda one: one.used)
+        if place is None:
+            place = _Prepared(self._create(lane))
+            lane.prepared += [place]
+        place.key = None
+        place.graph = None
+        return place
+
+    def _set_shapes(self, execution: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        for name, shape in shapes.items():
+            if not execution.set_input_shape(name, shape):
+                raise SdctError(f"TensorRT refused input {name!r} of shape {list(shape)}: {self._log.reason()}")
+
+    def _capture(self, lane: _Lane, prepared: _Prepared) -> bool:
+        """Capture a run into a CUDA graph; False where that fails."""
+        assert lane.stream is not None
+        cuda, stream = self._cuda, lane.stream.handle
+        lane.capturing = True
+        cuda("StreamBeginCapture", stream, cuda.api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        done = prepared.execution.execute_async_v3(int(stream))
+        status, captured = cuda.api.cudaStreamEndCapture(stream)
+        lane.capturing = False
         if not done or status != cuda.api.cudaError_t.cudaSuccess:
             cuda.api.cudaGetLastError()
-            context.capturable = False
             return False
-        context.graph = cuda("GraphInstantiate", graph, 0)
-        cuda("GraphDestroy", graph)
+        prepared.graph = Graph(cuda, captured)
         return True
 
-    def _enqueue(self, context: _Context) -> None:
-        if not context.execution.execute_async_v3(int(context.stream)):
-            raise SdctError(f"TensorRT could not run the engine: {self._log.reason()}")
+    def _largest_outputs(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each output for the largest inputs."""
+        execution = self._create(None)
+        self._set_shapes(execution, {n: self._manifest.shapes[n][2] for n in self._reads})
+        found = {n: tuple(execution.get_tensor_shape(n)) for n in self.outputs}
+        self._spare = [execution]  # without shared profiles there is no other
+        for name, shape in found.items():
+            if any(extent < 0 for extent in shape):
+                raise UnsupportedError(f"output {name!r} has extents {list(shape)} that depend on the data")
+        return found
 
-    def _fill(self, context: _Context) -> None:
-        execution = self._creating.atomically(self._engine.create_execution_context)
+    def _create(self, lane: _Lane | None) -> Any:
+        """An execution context that computes in the lane's activations."""
+        execution = self._creating.atomically(self._new_execution)
         if execution is None:
             raise SdctError(f"TensorRT could not create an execution context: {self._log.reason()}")
-        context.execution = execution
-        context.stream = self._cuda("StreamCreateWithFlags", self._cuda.api.cudaStreamNonBlocking)
+        if lane is not None and lane.activations is not None and self._activation_bytes:
+            if hasattr(execution, "set_device_memory"):  # from 10.1 on
+                execution.set_device_memory(lane.activations.pointer, lane.activations.nbytes)
+            else:
+                execution.device_memory = lane.activations.pointer
+        if lane is not None and lane.stream is not None and execution.active_optimization_profile != 0:
+            # TensorRT 8.6 chooses it by itself for the first context only
+            execution.set_optimization_profile_async(0, int(lane.stream.handle))
+        return execution
 
-    def _reset(self, context: _Context) -> None:
-        context.key = None  # first, so that whatever is cut off below, the next request comes here again
-        if context.capturing:  # a stream left like that would run nothing any more
-            self._cuda.api.cudaStreamEndCapture(context.stream)
-            self._cuda.api.cudaGetLastError()  # it may not have begun, or have ended
-            context.capturing = False
-        if context.stream is not None:
-            self._cuda.api.cudaStreamSynchronize(context.stream)
-        graph, context.graph = context.graph, None
-        if graph is not None:
-            self._cuda.api.cudaGraphExecDestroy(graph)
-        context.buffers, context.outputs, context.held = {}, {}, ()
+    def _new_execution(self) -> Any:
+        if self._spare:
+            return self._spare.pop()
+        strategy = getattr(self._trt, "ExecutionContextAllocationStrategy", None)  # from 10 on
+        if strategy is None:
+            return self._engine.create_execution_context_without_device_memory()
+        return self._engine.create_execution_context(strategy.USER_MANAGED)
+
+    @property
+    def _activation_bytes(self) -> int:
+        newer = hasattr(self._engine, "device_memory_size_v2")  # from 10.1 on
+        return int(self._engine.device_memory_size_v2 if newer else self._engine.device_memory_size)
+
+    def _fill(self, lane: _Lane) -> None:
+        """Allocate everything for the largest sizes."""
+        cuda = self._cuda
+        sizes = {n: self._nbytes(n, self._manifest.shapes[n][2]) for n in self._reads if n not in self._bank_reads}
+        results = {n: self._nbytes(n, shape) for n, shape in self._largest.items()}
+        lane.activations = DeviceMemory(cuda, self._activation_bytes)
+        lane.inputs = {n: DeviceMemory(cuda, size) for n, size in sizes.items()}
+        lane.outputs = {n: DeviceMemory(cuda, size) for n, size in results.items()}
+        lane.sent = {n: HostMemory(cuda, size) for n, size in sizes.items()}
+        lane.received = HostMemory(cuda, min(sum(results.values()), STAGING_BYTES))
+        lane.stream = Stream(cuda)
+
+    def _nbytes(self, name: str, shape: tuple[int, ...]) -> int:
+        return math.prod(shape) * self._dtypes[name].itemsize
+
+    @property
+    def _bank_reads(self) -> list[str]:
+        return [name for name in self._reads if name.startswith("sdct.")]
+
+    def _clean(self, lane: _Lane) -> None:
+        """Make a lane whose last run was cut off ready for the next; where it ended well, nothing."""
+        if lane.busy is None:
+            return
+        lane.busy.key = None  # first: whatever is cut off below, nobody uses it as it is
+        if lane.stream is not None:
+            if lane.capturing:  # a stream left like that would run nothing any more
+                self._cuda.api.cudaStreamEndCapture(lane.stream.handle)
+                self._cuda.api.cudaGetLastError()  # it may not have begun, or have ended
+                lane.capturing = False
+            self._cuda.api.cudaStreamSynchronize(lane.stream.handle)
+        lane.busy.graph = None
+        lane.busy = None

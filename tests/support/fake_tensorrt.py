@@ -1,8 +1,11 @@
 """Stand-ins for `tensorrt` and `cuda.bindings.runtime`: device memory is host memory, engines run on ONNX Runtime.
 
-They follow what the real ones do where the backend depends on it: pointers may be used only while allocated, a context
-keeps addresses and shapes, a captured stream runs nothing until its graph is launched, and a graph holds the addresses
-it was captured with.
+They follow what the real ones do where the backend depends on it. Pointers may be used only while allocated. Work on a
+stream waits until somebody waits for the stream: copies from and to page-locked memory see it as it is then, those
+from pageable memory as it was when they were asked for, those to pageable memory wait themselves, and so does freeing.
+A captured stream runs nothing until its graph is launched; a graph holds the addresses it was captured with, and
+breaks when its execution context is changed. A context runs once with new shapes before it can be captured, needs
+memory for its activations, and shares that with others only on one stream.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ import ctypes
 import dataclasses
 import enum
 import sys
+import threading
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,7 @@ from sdct_export.bundle.description import Bundle, file_sha256
 from sdct_export.engine.build import ENGINE_FILE, PLUGIN_EMBEDDED, EngineManifest, Profile, profile_shapes
 
 ENGINE = b"engine of "  # followed by the path of the ONNX file that says what it computes
+ACTIVATIONS = 4096  # bytes an execution context needs
 
 
 class Cuda(types.ModuleType):
@@ -33,6 +39,7 @@ class Cuda(types.ModuleType):
         cudaErrorMemoryAllocation = 2
         cudaErrorInvalidValue = 1
         cudaErrorIllegalState = 401
+        cudaErrorStreamCaptureInvalidated = 901
 
     cudaMemcpyKind = types.SimpleNamespace(
         cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3
@@ -40,15 +47,22 @@ class Cuda(types.ModuleType):
     cudaStreamCaptureMode = types.SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
     cudaStreamNonBlocking = 1
     cudaEventDisableTiming = 2
+    cudaHostAllocDefault = 0
 
     def __init__(self) -> None:
         super().__init__("cuda.bindings.runtime")
         self.memory: dict[int, Any] = {}
+        self.pinned: dict[int, Any] = {}
         self.free_bytes = 1 << 30
-        self.capturing: dict[int, list[Any]] = {}
+        self.streams: dict[int, list[Callable[[], None]]] = {}  # what was asked for and has not run
+        self.events: dict[int, Callable[[], None]] = {}  # runs what the event waits for
+        self.capturing: dict[int, list[Callable[[], None]]] = {}
+        self.spoilt: set[int] = set()  # streams whose capture will fail
+        self.failing_captures = 0
         self.graphs: dict[int, Any] = {}
         self.handles = 100
         self.calls: list[str] = []
+        self._lock = threading.RLock()  # the device does one thing after the other
 
     def check(self, pointer: int, nbytes: int) -> None:
         blocks = list(self.memory.items())  # one operation: other threads allocate meanwhile
@@ -58,32 +72,111 @@ class Cuda(types.ModuleType):
         self.handles += 1
         return self.handles
 
+    def submit(self, stream: int, work: Callable[[], None]) -> None:
+        """Have `work` done after what the stream has to do."""
+        assert stream not in self.capturing, "only kernels are captured here"
+        with self._lock:
+            self.streams[stream].append(work)
+
+    def _run(self, stream: int) -> None:
+        with self._lock:
+            while self.streams[stream]:
+                self.streams[stream].pop(0)()
+
+    def _run_all(self) -> None:
+        for stream in list(self.streams):
+            self._run(stream)
+
+    def _is_pinned(self, pointer: int, nbytes: int) -> bool:
+        return any(p <= pointer and pointer + nbytes <= p + len(b) for p, b in list(self.pinned.items()))
+
     def cudaGetDeviceCount(self) -> tuple[Any, ...]:
         return self.cudaError_t.cudaSuccess, 1
 
     def cudaMalloc(self, nbytes: int) -> tuple[Any, ...]:
+        assert nbytes > 0
         if nbytes > self.free_bytes:
             return self.cudaError_t.cudaErrorMemoryAllocation, None
+        self.calls.append("malloc")
         self.free_bytes -= nbytes
         buffer = (ctypes.c_char * nbytes)(*(b"\xa5" * min(nbytes, 64)))  # not zero: nobody may rely on that
         self.memory[ctypes.addressof(buffer)] = buffer
         return self.cudaError_t.cudaSuccess, ctypes.addressof(buffer)
 
     def cudaFree(self, pointer: int) -> tuple[Any, ...]:
+        self.calls.append("free")
+        self._run_all()
         self.free_bytes += len(self.memory.pop(pointer))
+        return (self.cudaError_t.cudaSuccess,)
+
+    def cudaHostAlloc(self, nbytes: int, flags: int) -> tuple[Any, ...]:
+        assert nbytes > 0
+        self.calls.append("malloc")
+        buffer = (ctypes.c_char * nbytes)(*(b"\xa5" * min(nbytes, 64)))
+        self.pinned[ctypes.addressof(buffer)] = buffer
+        return self.cudaError_t.cudaSuccess, ctypes.addressof(buffer)
+
+    def cudaFreeHost(self, pointer: int) -> tuple[Any, ...]:
+        self.calls.append("free")
+        self._run_all()
+        del self.pinned[pointer]
         return (self.cudaError_t.cudaSuccess,)
 
     def cudaMemsetAsync(self, pointer: int, value: int, nbytes: int, stream: int) -> tuple[Any, ...]:
         self.check(pointer, nbytes)
-        ctypes.memset(pointer, value, nbytes)
+        self.submit(stream, lambda: ctypes.memset(pointer, value, nbytes))
         return (self.cudaError_t.cudaSuccess,)
 
     def cudaMemcpyAsync(self, to: int, source: int, nbytes: int, kind: int, stream: int) -> tuple[Any, ...]:
-        assert stream not in self.capturing
-        for pointer, on_device in ((to, kind in (1, 3)), (source, kind in (2, 3))):
-            if on_device:
-                self.check(pointer, nbytes)
-        ctypes.memmove(to, source, nbytes)
+        def on_device(pointer: int) -> bool:
+            return kind == 3 or (pointer == to) == (kind == 1)
+
+        def copy() -> None:
+            for pointer in (to, source):
+                if on_device(pointer):
+                    self.check(pointer, nbytes)
+            ctypes.memmove(to, source, nbytes)
+
+        host = None if kind == 3 else source if kind == 1 else to
+        if host is None or self._is_pinned(host, nbytes):
+            self.submit(stream, copy)
+        elif kind == 1:
+            before = ctypes.string_at(source, nbytes)
+            self.check(to, nbytes)
+            self.submit(stream, lambda: ctypes.memmove(to, before, nbytes) and None)
+        else:
+            self.submit(stream, copy)
+            self._run(stream)
+        return (self.cudaError_t.cudaSuccess,)
+
+    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, ...]:
+        stream = self._handle()
+        self.streams[stream] = []
+        return self.cudaError_t.cudaSuccess, stream
+
+    def cudaStreamDestroy(self, stream: int) -> tuple[Any, ...]:
+        self._run(stream)
+        del self.streams[stream]
+        return (self.cudaError_t.cudaSuccess,)
+
+    def cudaStreamSynchronize(self, stream: int) -> tuple[Any, ...]:
+        self._run(stream)
+        return (self.cudaError_t.cudaSuccess,)
+
+    def cudaEventRecord(self, event: int, stream: int) -> tuple[Any, ...]:
+        reached: list[bool] = []
+
+        def run_up_to_here() -> None:
+            with self._lock:
+                while not reached:
+                    self.streams[stream].pop(0)()
+
+        self.submit(stream, lambda: reached.append(True))
+        self.events[event] = run_up_to_here
+        return (self.cudaError_t.cudaSuccess,)
+
+    def cudaStreamWaitEvent(self, stream: int, event: int, flags: int) -> tuple[Any, ...]:
+        self.submit(stream, self.events.get(event, lambda: None))
         return (self.cudaError_t.cudaSuccess,)
 
     def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple[Any, ...]:
@@ -93,8 +186,14 @@ class Cuda(types.ModuleType):
     def cudaStreamEndCapture(self, stream: int) -> tuple[Any, ...]:
         if stream not in self.capturing:
             return self.cudaError_t.cudaErrorIllegalState, None
+        captured = self.capturing.pop(stream)
+        if stream in self.spoilt or self.failing_captures:
+            self.spoilt.discard(stream)
+            self.failing_captures = max(0, self.failing_captures - 1)
+            self.calls.append("failed capture")
+            return self.cudaError_t.cudaErrorStreamCaptureInvalidated, None
         graph = self._handle()
-        self.graphs[graph] = self.capturing.pop(stream)
+        self.graphs[graph] = captured
         return self.cudaError_t.cudaSuccess, graph
 
     def cudaGraphInstantiate(self, graph: int, flags: int) -> tuple[Any, ...]:
@@ -105,7 +204,7 @@ class Cuda(types.ModuleType):
     def cudaGraphLaunch(self, graph: int, stream: int) -> tuple[Any, ...]:
         self.calls.append("launch")
         for work in self.graphs[graph]:
-            work()
+            self.submit(stream, work)
         return (self.cudaError_t.cudaSuccess,)
 
     def cudaGraphExecDestroy(self, graph: int) -> tuple[Any, ...]:
@@ -115,30 +214,40 @@ class Cuda(types.ModuleType):
     cudaGraphDestroy = cudaGraphExecDestroy
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("cudaStreamCreateWithFlags", "cudaEventCreateWithFlags"):
+        if name == "cudaEventCreateWithFlags":
             return lambda flags: (self.cudaError_t.cudaSuccess, self._handle())
-        if name in (
-            "cudaSetDevice",
-            "cudaEventRecord",
-            "cudaStreamWaitEvent",
-            "cudaStreamSynchronize",
-            "cudaGetLastError",
-        ):
+        if name in ("cudaSetDevice", "cudaGetLastError"):
             return lambda *arguments: (self.cudaError_t.cudaSuccess,)
         raise AttributeError(name)
 
 
 class Context:
-    """`IExecutionContext`."""
+    """`IExecutionContext`, without memory of its own."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, profile: int) -> None:
         self._engine = engine
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
+        self._memory = 0
+        self._changes = 0  # a graph breaks with the next one
+        self._warm = False  # it ran with these shapes
+        self.active_optimization_profile = profile
+
+    def _use(self, pointer: int) -> None:
+        self._engine.cuda.check(pointer, ACTIVATIONS)
+        self._memory = pointer
+        self._changes += 1
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        self.active_optimization_profile = index
+        return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert name in self._engine.inputs
+        assert self.active_optimization_profile == 0, "no optimization profile was chosen"
         self._shapes[name] = tuple(shape)
+        self._changes += 1
+        self._warm = False
         return True
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
@@ -151,41 +260,77 @@ class Context:
 
     def set_tensor_address(self, name: str, pointer: int) -> bool:
         self._addresses[name] = pointer
+        self._changes += 1
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
-        shapes, addresses = dict(self._shapes), dict(self._addresses)
+        cuda, changes = self._engine.cuda, self._changes
+        shapes, addresses, memory = dict(self._shapes), dict(self._addresses), self._memory
+        owner = self._engine.stream_of.setdefault(memory, stream)
+        assert memory, "no memory for activations"
+        assert owner == stream, "contexts that share memory run on two streams"
 
         def work() -> None:
+            assert self._changes == changes, "the context of a graph was changed"
+            cuda.check(memory, ACTIVATIONS)
             feeds = {}
             for name, spec in self._engine.inputs.items():
                 dtype = self._engine.dtype(spec)
                 nbytes = int(np.prod(shapes[name])) * dtype.itemsize
-                self._engine.cuda.check(addresses[name], nbytes)
+                cuda.check(addresses[name], nbytes)
                 array = np.frombuffer(ctypes.string_at(addresses[name], nbytes), dtype).reshape(shapes[name])
                 feeds[name] = array.astype(np.int64) if "int64" in spec.type else array
+            self._engine.lengths += [shape[1] for name, shape in shapes.items() if name == "input_ids"]
             for name, array in zip(self._engine.outputs, self._engine.session.run(None, feeds), strict=True):
-                self._engine.cuda.check(addresses[name], array.nbytes)
+                cuda.check(addresses[name], array.nbytes)
                 ctypes.memmove(addresses[name], np.ascontiguousarray(array).ctypes.data, array.nbytes)
 
-        queue = self._engine.cuda.capturing.get(stream)
+        queue = cuda.capturing.get(stream)
         if queue is None:
-            self._engine.cuda.calls.append("execute")
-            work()
+            cuda.calls.append("execute")
+            cuda.submit(stream, work)
+            self._warm = True
         else:
             queue.append(work)
+            if not self._warm:
+                cuda.spoilt.add(stream)
         return True
+
+
+class OldContext(Context):
+    """Until TensorRT 10.0."""
+
+    device_memory = property(None, Context._use)
+
+
+class NewContext(Context):
+    """From TensorRT 10.1 on."""
+
+    def set_device_memory(self, pointer: int, nbytes: int) -> None:
+        assert nbytes >= ACTIVATIONS
+        self._use(pointer)
 
 
 class Engine:
     """`ICudaEngine`; like TensorRT 8 it takes int32 where the model takes int64."""
 
-    def __init__(self, cuda: Cuda, model: str) -> None:
+    def __init__(self, cuda: Cuda, model: str, version: tuple[int, int]) -> None:
         self.cuda = cuda
         self.session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         self.outputs = {o.name: o for o in self.session.get_outputs()}
         self.contexts = 0
+        self.lengths: list[int] = []  # tokens of each run
+        self.stream_of: dict[int, int] = {}  # by address of activations
+        self._version = version
+        if version >= (10, 1):
+            self.device_memory_size_v2 = ACTIVATIONS
+        if version < (11, 0):
+            self.device_memory_size = ACTIVATIONS
+        if version >= (10, 0):
+            self.create_execution_context = self._create
+        else:
+            self.create_execution_context_without_device_memory = self._create
 
     @property
     def num_io_tensors(self) -> int:
@@ -207,18 +352,24 @@ class Engine:
         kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
         return np.dtype(kinds.get(spec.type, np.int32))
 
-    def create_execution_context(self) -> Context:
+    def _create(self, strategy: str = "user managed") -> Context:
+        assert strategy == "user managed"  # activations are the lane's
         self.contexts += 1
-        return Context(self)
+        assert self._version >= (8, 6) or self.contexts == 1, "8.5 has one context a profile"
+        profile = 0 if self.contexts == 1 or self._version >= (9, 0) else -1
+        return (NewContext if self._version >= (10, 1) else OldContext)(self, profile)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, version: str = "10.16.0") -> Any:
     """Put both stand-ins in the place of the real packages; returns the one of tensorrt."""
     cuda = Cuda()
+    number = int(version.split(".")[0]), int(version.split(".")[1])
     trt: Any = types.ModuleType("tensorrt")
     trt.__version__ = version
     trt.cuda = cuda
     trt.TensorIOMode = types.SimpleNamespace(INPUT="input", OUTPUT="output")
+    if number >= (10, 0):
+        trt.ExecutionContextAllocationStrategy = types.SimpleNamespace(USER_MANAGED="user managed")
 
     class ILogger:
         Severity = types.SimpleNamespace(ERROR=1, INTERNAL_ERROR=0, WARNING=2)
@@ -233,7 +384,7 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str = "10.16.0") -> Any:
             if not data.startswith(ENGINE):
                 self._logger.log(ILogger.Severity.ERROR, "magic tag does not match")
                 return None
-            trt.engine = Engine(cuda, data[len(ENGINE) :].decode())
+            trt.engine = Engine(cuda, data[len(ENGINE) :].decode(), number)
             trt.host_code_allowed = self.engine_host_code_allowed
             return trt.engine
 

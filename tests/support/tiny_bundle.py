@@ -98,9 +98,17 @@ def make_inputs(seed: int, batch: int, sequence: int = 5) -> dict[str, Array]:
 
 
 def write_bundle(
-    folder: Path, adapters: Mapping[str, SdctAdapter] | None = None, *, merged: bool = False, head: bool = True
+    folder: Path,
+    adapters: Mapping[str, SdctAdapter] | None = None,
+    *,
+    merged: bool = False,
+    head: bool = True,
+    pool: str = "masked",
 ) -> Path:
-    """Write a bundle; `merged` leaves out the adapter inputs."""
+    """Write a bundle; `merged` leaves out the adapter inputs.
+
+    `pool` is the mean over the tokens that are not masked, that over `all` of them, or the `last` token.
+    """
     folder.mkdir(parents=True)
     records = {}
     for name, adapter in (adapters or {}).items():
@@ -109,7 +117,7 @@ def write_bundle(
         records[name] = AdapterRecord(
             adapter_sha256(folder / "adapters" / name), None if labels is None else labels.shape[0]
         )
-    onnx.save(_Graph(merged, head).model(), folder / "model.onnx")
+    onnx.save(_Graph(merged, head, pool).model(), folder / "model.onnx")
     token = ("batch", "sequence")
     digests = {
         dtype: {m: module_digest(m, WEIGHTS[m], shape, dtype) for m, shape in SHAPES.items()} for dtype in DTYPE_NAMES
@@ -134,8 +142,8 @@ def write_bundle(
 
 
 class _Graph:
-    def __init__(self, merged: bool, head: bool) -> None:
-        self.merged, self.head = merged, head
+    def __init__(self, merged: bool, head: bool, pool: str) -> None:
+        self.merged, self.head, self.pool = merged, head, pool
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
 
@@ -212,6 +220,10 @@ class _Graph:
         mask = self.op("Cast", self.op("Unsqueeze", "attention_mask", self.ints(2)), to=TensorProto.FLOAT)
         total = self.op("ReduceSum", self.op("Mul", hidden, mask), self.ints(1), keepdims=0)
         pooled = self.op("Div", total, self.op("ReduceSum", mask, self.ints(1), keepdims=0))
+        if self.pool == "all":
+            pooled = self.op("ReduceMean", hidden, self.ints(1), keepdims=0)
+        if self.pool == "last":
+            pooled = self.op("Gather", hidden, self.constant(np.array(-1, np.int64)), axis=1)
         self.classifier(pooled, self.op("Add", self.op("MatMul", pooled, w["classifier"]), w["classifier.bias"]))
         floats, ints, longs = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
         inputs = {"input_ids": (longs, ["batch", "sequence"]), "attention_mask": (longs, ["batch", "sequence"])}

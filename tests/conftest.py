@@ -6,6 +6,7 @@ import importlib.util
 import os
 from pathlib import Path
 
+import cuda_driver
 import pytest
 from hypothesis import settings
 
@@ -22,13 +23,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    gpu = Path("/dev/nvidiactl").exists() or Path("/dev/nvhost-gpu").exists()
+    asked = any(item.get_closest_marker(marker) for item in items for marker in ("gpu", "kernels"))
+    why = cuda_driver.gpu().why if asked else ""
     stand_in = Path(os.environ.get("SDCT_GPU_BUILD", os.devnull), "libsdct_ptx.so").is_file()
     missing = {
-        "gpu": None if gpu else "no NVIDIA GPU on this machine",
-        "kernels": None
-        if gpu or stand_in
-        else "no NVIDIA GPU here, and SDCT_GPU_BUILD names no build with SDCT_PTX=ON",
+        "gpu": f"no GPU here: {why}" if why else None,
+        "kernels": f"no GPU here: {why}, and SDCT_GPU_BUILD names no build with SDCT_PTX=ON"
+        if why and not stand_in
+        else None,
         "trt": None if importlib.util.find_spec("tensorrt") else "the package tensorrt is not installed",
         "slow": None if config.getoption("--slow") else "slow; pass --slow to run it",
     }

@@ -21,6 +21,7 @@ from sdct_export.engine.build import prepare_graph
 from sdct_export.runtime import MultiAdapterModel
 
 FAMILIES = ("bert", "llama", "vit")
+DTYPES = ("float32", "float16")
 BATCH, SEQUENCE = 3, 6
 CASES = {
     "base": [None, None, None],
@@ -40,7 +41,7 @@ def make(folder: Path) -> None:
             key: families.random_adapter(family, model, seed, labels=3 if family.saved else None)
             for seed, key in enumerate(("a", "b", "hot"))
         }
-        for dtype in ("float32", "float16"):
+        for dtype in DTYPES:
             case = folder / f"{name}-{dtype}"
             shipped = {key: adapters[key] for key in ("a", "b")}
             export_multi(model, shipped, case / "bundle", task_type=family.task, dtype=dtype)
@@ -64,10 +65,13 @@ def finish(case: Path, plans: dict[str, object]) -> None:
     inputs = {}
     for spec in bundle.inputs:
         shape = [d if isinstance(d, int) else sizes[d] for d in spec.shape]
-        whole = np.dtype(spec.dtype).kind == "i"
-        inputs[spec.name] = (
-            np.ones(shape) if "mask" in spec.name else rng.integers(0, 20, shape) if whole else rng.normal(size=shape)
-        ).astype(spec.dtype)
+        if "mask" in spec.name:
+            array = np.ones(shape)
+        elif np.dtype(spec.dtype).kind == "i":
+            array = rng.integers(0, 2 if spec.name == "token_type_ids" else 20, shape)
+        else:
+            array = rng.normal(size=shape)
+        inputs[spec.name] = array.astype(spec.dtype)
     arrays = {f"input.{name}": array for name, array in inputs.items()}
     for plan, rows in plans.items():
         for name, array in model.run(inputs, rows).items():

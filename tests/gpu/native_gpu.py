@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+import cuda_driver
 import numpy as np
 from native_cases import DTYPES, Array, Case
 
@@ -58,12 +59,10 @@ def is_stand_in(folder: Path) -> bool:
 
 def _architecture() -> str:
     """What CMake calls the GPU of this machine, with the instructions that only its generation has."""
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError) as error:
-        raise Missing(f"nvidia-smi names no GPU ({error})") from error
-    number = int(found.replace(".", ""))
+    found = cuda_driver.gpu()
+    if found.why:
+        raise Missing(f"no GPU here: {found.why}")
+    number = 10 * found.capability[0] + found.capability[1]
     return f"{number}{'a' if number >= 90 else ''}-real"
 
 

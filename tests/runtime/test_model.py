@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import cuda_driver
 import numpy as np
 import onnx
 import pytest
@@ -365,7 +366,7 @@ def test_constructor_options(folder: Path) -> None:
 
 
 def test_cuda_is_never_replaced_by_the_cpu(folder: Path) -> None:
-    if Path("/dev/nvidiactl").exists():
+    if not cuda_driver.gpu().why:
         pytest.skip("this machine has a GPU; tests/gpu runs on it")
     with pytest.raises(UnsupportedError, match=r"device 'cuda'.*(onnxruntime-gpu|CUDA provider)"):
         MultiAdapterModel(folder, device="cuda")

@@ -93,6 +93,9 @@ class Cuda(types.ModuleType):
     def cudaGetDeviceCount(self) -> tuple[Any, ...]:
         return self.cudaError_t.cudaSuccess, 1
 
+    def cudaMemGetInfo(self) -> tuple[Any, ...]:
+        return self.cudaError_t.cudaSuccess, self.free_bytes, 1 << 30
+
     def cudaMalloc(self, nbytes: int) -> tuple[Any, ...]:
         assert nbytes > 0
         if nbytes > self.free_bytes:

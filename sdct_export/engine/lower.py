@@ -72,7 +72,7 @@ def to_opset_17(model: onnx.ModelProto, *, layer_normalization: bool = False, mi
 def name_float32(graph: onnx.GraphProto, count: int = 0, around: Mapping[str, int] | None = None) -> int:
     """Name nodes by what the builder must not round to float16. Changes `graph`; returns how many have names so far.
 
-    `float32[7]` gives float32, `float32.in[7]` reads it and gives no floating-point numbers (a comparison, say). The
+    `float32[7]` gives float32 alone, `float32.in[7]` computes in it and gives something else (a comparison, say). The
     parser names its layers after nodes, so that the names say it to the builder. `around` are the types of values
     outside of a subgraph.
 
@@ -96,10 +96,10 @@ def name_float32(graph: onnx.GraphProto, count: int = 0, around: Mapping[str, in
                 "kept from float16; use TensorRT 10 or newer, or export in float32"
             )
         reads = any(types.get(name) == TensorProto.FLOAT for name in node.input)
-        if TensorProto.FLOAT in given:
+        if {*given} == {TensorProto.FLOAT}:
             node.name = f"float32[{count}]"
             count += 1
-        elif reads and not floats & {*given} and node.op_type not in NO_NUMBERS:
+        elif TensorProto.FLOAT in given or (reads and not floats & {*given} and node.op_type not in NO_NUMBERS):
             node.name = f"float32.in[{count}]"
             count += 1
     return count

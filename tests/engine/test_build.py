@@ -392,7 +392,7 @@ def types_and_readers(graph: Path) -> tuple[dict[str, str], dict[str, list[str]]
 
 
 @pytest.mark.parametrize("version", ["8.5.3.1", "8.6.1", "9.3.0", "10.0.1", "10.3.0", "10.16.0", "11.1.0"])
-@pytest.mark.parametrize("bundle", ["bert-classifier", "llama", "merged", "float32"])
+@pytest.mark.parametrize("bundle", ["bert-classifier", "merged", "float32"])
 def test_the_printed_command_asks_for_what_the_build_asks_for(
     half: dict[str, Bundle], bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch, bundle: str, version: str
 ) -> None:
@@ -426,6 +426,24 @@ def test_bfloat16_needs_tensorrt_10(tiny: Bundle, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setitem(sys.modules, "tensorrt", FakeTensorRT(version))
         with pytest.raises(UnsupportedError, match="does not keep to the types of a bfloat16 bundle; use TensorRT 10"):
             build_engine(bundle)
+
+
+def test_names_say_what_is_computed_in_float32() -> None:
+    """Results that are float32 alone, comparisons and what has whole numbers beside; nothing else."""
+    kinds = {"x": 1, "h": 10, "v": 1, "i": 7, "big": 9, "half": 10, "size": 7, "sum": 10}
+    nodes = [
+        onnx.helper.make_node("TopK", ["x", "k"], ["v", "i"], name="top"),
+        onnx.helper.make_node("Greater", ["x", "v"], ["big"], name="greater"),
+        onnx.helper.make_node("Cast", ["x"], ["half"], name="cast", to=10),
+        onnx.helper.make_node("Shape", ["x"], ["size"], name="shape"),
+        onnx.helper.make_node("Add", ["h", "half"], ["sum"], name="add"),
+        onnx.helper.make_node("Neg", ["x"], ["n"], name="neg"),
+    ]
+    values = [onnx.helper.make_tensor_value_info(name, kind, None) for name, kind in (kinds | {"n": 1}).items()]
+    graph = onnx.helper.make_graph(nodes, "g", values[:2], [], value_info=values[2:])
+    assert lower.name_float32(graph) == 3
+    names = ["float32.in[0]", "float32.in[1]", "cast", "shape", "add", "float32[2]"]
+    assert [node.name for node in graph.node] == names
 
 
 def test_values_without_a_type_are_refused_where_float16_could_be_chosen() -> None:

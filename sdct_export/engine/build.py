@@ -149,8 +149,7 @@ def build_engine(
         progress: called with phase, step and steps while TensorRT (9 on) builds.
 
     Raises:
-        UnsupportedError: TensorRT, its plugin library or a GPU is missing, the graph cannot be read, or TensorRT is
-            too old for the type of the bundle.
+        UnsupportedError: TensorRT, its plugin library or a GPU is missing, or the graph cannot be read.
         AdapterFormatError: the bundle is damaged. ConfigError: sizes that cannot work.
         OutputError: a file cannot be written. SdctError: TensorRT gave up; the message has its own words.
     """
@@ -262,14 +261,9 @@ def prepare_graph(bundle: Bundle, *, version: tuple[int, int] = settings.NEWEST)
             LayerNormalization; for a float16 bundle their graph says which nodes are float32.
 
     Raises:
-        UnsupportedError: onnx is missing, the graph cannot be converted, or TensorRT is too old for bfloat16.
+        UnsupportedError: onnx is missing, or the graph cannot be converted.
     """
     old = version < (10, 0)
-    if old and bundle.dtype == "bfloat16":
-        raise UnsupportedError(
-            f"TensorRT {version[0]}.{version[1]} does not keep to the types of a bfloat16 bundle; use TensorRT 10 or "
-            "newer, or export in float32 or float16"
-        )
     if bundle.kind == "merged" and not old:
         return bundle.model_path
     oldest = version < settings.LAYER_NORMALIZATION

@@ -420,14 +420,6 @@ def test_the_printed_command_asks_for_what_the_build_asks_for(
         assert bool(pins) == (number[0] < 10 and bundle != "float32")
 
 
-def test_bfloat16_needs_tensorrt_10(tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = dataclasses.replace(tiny, dtype="bfloat16")
-    for version in OLD:
-        monkeypatch.setitem(sys.modules, "tensorrt", FakeTensorRT(version))
-        with pytest.raises(UnsupportedError, match="does not keep to the types of a bfloat16 bundle; use TensorRT 10"):
-            build_engine(bundle)
-
-
 def test_names_say_what_is_computed_in_float32() -> None:
     """Results that are float32 alone, comparisons and what has whole numbers beside; nothing else."""
     kinds = {"x": 1, "h": 10, "v": 1, "i": 7, "big": 9, "half": 10, "size": 7, "sum": 10}

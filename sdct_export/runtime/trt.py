@@ -17,7 +17,6 @@ Not yet run on a GPU: see docs/tensorrt.md.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 import weakref
@@ -36,7 +35,8 @@ from ..errors import AdapterFormatError, ConfigError, SdctError, UnsupportedErro
 from ..native import find_plugin
 from .buckets import MASK, Buckets, probe_inputs
 from .cuda import Cuda, DeviceMemory, DeviceTensor, Graph, HostMemory, Stream
-from .guarded import Guarded, Latch
+from .guarded import Guarded
+from .lanes import Key, Lane, Pool, Prepared, User
 
 MAX_LANES = 8  # requests on the device at a time; each lane holds the engine's activations once
 MAX_SHAPES = 8  # prepared in a lane; each has an execution context and a graph
@@ -52,107 +52,6 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "UINT8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-
-Key = tuple[tuple[str, tuple[int, ...], int], ...]  # per input: name, shape, and address where it is a bank tensor
-
-
-@dataclasses.dataclass(eq=False)
-class _Prepared:
-    """An execution context with the shapes and addresses of `key`, and what it was captured into."""
-
-    execution: Any
-    key: Key | None = None  # None while it is not ready
-    outputs: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    bank: tuple[weakref.ref[DeviceTensor], ...] = ()  # whose addresses it has; not held: a request holds its own bank
-    graph: Graph | None = None
-    runs: int = 0
-    capture_at: int = 0  # the run that tries, then later ones each twice as far: what failed once may work again
-    used: int = 0
-
-    def is_stale(self) -> bool:
-        """Whether nothing can ask for it any more."""
-        return self.key is None or any(tensor() is None for tensor in self.bank)
-
-
-@dataclasses.dataclass(eq=False)
-class _Lane:
-    """What one request at a time runs in: a stream, memory for the largest sizes, and the shapes that are prepared."""
-
-    stream: Stream | None = None  # set last: where it is there, everything is
-    activations: DeviceMemory | None = None
-    inputs: dict[str, DeviceMemory] = dataclasses.field(default_factory=dict)
-    outputs: dict[str, DeviceMemory] = dataclasses.field(default_factory=dict)
-    sent: dict[str, HostMemory] = dataclasses.field(default_factory=dict)
-    received: HostMemory | None = None
-    prepared: list[_Prepared] = dataclasses.field(default_factory=list)
-    busy: _Prepared | None = None  # from the beginning of a run until it has ended well
-    capturing: bool = False  # from before the stream does until after
-    user: weakref.ref[_User] | None = None  # the request that has it
-    used: int = 0  # larger than that of lanes not used since
-
-
-class _User:
-    """A request that may have a lane."""
-
-
-class _Pool(Guarded):
-    """At most `limit` lanes, each used by one request at a time; that of a request that is gone is idle.
-
-    One attribute of a lane says whether it is idle, so an exception leaves nothing to repair.
-    """
-
-    def __init__(self, limit: int) -> None:
-        super().__init__()
-        self._limit = limit
-        self._lanes: list[_Lane] = []
-        self._waiting: list[Latch] = []
-        self._uses = 0
-
-    def take(self, key: Key, user: _User) -> _Lane:
-        """An idle lane, one prepared for `key` first, or else a new, empty one; waits where all are in use."""
-        while isinstance(found := self.atomically(self._find, key, user), Latch):
-            found.wait()
-        return found
-
-    def give_back(self, user: _User) -> None:
-        """What `user` has is idle again; may be called again, and where it has nothing."""
-        self.atomically(self._give_back, user)
-
-    def do_without(self, lane: _Lane) -> bool:
-        """Forget a lane for which there is no memory; whether there are others to wait for instead."""
-        return self.atomically(self._do_without, lane)
-
-    def _find(self, key: Key, user: _User) -> _Lane | Latch:
-        idle = [lane for lane in self._lanes if lane.user is None or lane.user() is None]
-        if idle:
-            ready = [lane for lane in idle if any(prepared.key == key for prepared in lane.prepared)]
-            lane = min(ready or idle, key=lambda lane: (len(lane.prepared), lane.used))
-        elif len(self._lanes) < self._limit:
-            lane = _Lane()
-            self._lanes += [lane]
-        else:
-            latch = Latch()
-            self._waiting.append(latch)
-            return latch
-        lane.user = weakref.ref(user)
-        return lane
-
-    def _give_back(self, user: _User) -> None:
-        for lane in self._lanes:
-            if lane.user is not None and lane.user() is user:
-                self._uses += 1
-                lane.used = self._uses
-                lane.user = None
-        while self._waiting:
-            self._waiting[-1].wake()
-            self._waiting.pop()
-
-    def _do_without(self, lane: _Lane) -> bool:
-        others = [other for other in self._lanes if other is not lane]
-        if others:
-            self._limit = len(others)
-        self._lanes = others
-        return bool(others)
 
 
 class TrtBackend:
@@ -210,7 +109,7 @@ class TrtBackend:
         self._creating = Guarded()  # execution contexts are created one at a time
         # without shared profiles an engine has one context, and so one shape at a time
         self._shapes = MAX_SHAPES if manifest.concurrent else 1
-        self._pool = _Pool(MAX_LANES if manifest.concurrent else 1)
+        self._pool = Pool(MAX_LANES if manifest.concurrent else 1)
         self._spare: list[Any] = []
         self._largest = self._largest_outputs()
         self.buckets: Buckets | None = None  # None where lengths are as they come
@@ -272,7 +171,7 @@ class TrtBackend:
             *((n, t.shape, t.pointer) for n, t in used.items()),
         )
         self._cuda.use()
-        user = _User()
+        user = User()
         try:
             try:
                 return self._run(user, key, feeds, used)
@@ -336,7 +235,7 @@ class TrtBackend:
         return buckets if harmless else None
 
     def _run(
-        self, user: _User, key: Key, feeds: Mapping[str, Array], bank: Mapping[str, DeviceTensor]
+        self, user: User, key: Key, feeds: Mapping[str, Array], bank: Mapping[str, DeviceTensor]
     ) -> dict[str, Array]:
         while True:
             lane = self._pool.take(key, user)
@@ -359,7 +258,7 @@ class TrtBackend:
             raise
 
     def _run_in(
-        self, lane: _Lane, key: Key, feeds: Mapping[str, Array], bank: Mapping[str, DeviceTensor]
+        self, lane: Lane, key: Key, feeds: Mapping[str, Array], bank: Mapping[str, DeviceTensor]
     ) -> dict[str, Array]:
         assert lane.stream is not None
         cuda, stream = self._cuda, lane.stream.handle
@@ -382,7 +281,7 @@ class TrtBackend:
         lane.busy = None
         return results
 
-    def _receive(self, lane: _Lane, prepared: _Prepared) -> dict[str, Array]:
+    def _receive(self, lane: Lane, prepared: Prepared) -> dict[str, Array]:
         """The outputs, through page-locked memory; returns once the stream is done."""
         assert lane.stream is not None
         assert lane.received is not None
@@ -409,9 +308,7 @@ class TrtBackend:
         for target, start in waiting:
             target[:] = staging.array[start : start + target.size]
 
-    def _prepare(
-        self, lane: _Lane, key: Key, feeds: Mapping[str, Array], bank: Mapping[str, DeviceTensor]
-    ) -> _Prepared:
+    def _prepare(self, lane: Lane, key: Key, feeds: Mapping[str, Array], bank: Mapping[str, DeviceTensor]) -> Prepared:
         """The lane's execution context for `key`: one that has these shapes and addresses, or one that gets them."""
         prepared = next((one for one in lane.prepared if one.key == key), None)
         if prepared is None:
@@ -430,13 +327,13 @@ class TrtBackend:
         prepared.used = 1 + max(one.used for one in lane.prepared)
         return prepared
 
-    def _place(self, lane: _Lane) -> _Prepared:
+    def _place(self, lane: Lane) -> Prepared:
         """One that is of no use any more, a new one, or the one not used for longest; not ready for anything."""
         place = next((one for one in lane.prepared if one.is_stale()), None)
         if place is None and len(lane.prepared) >= self._shapes:
             place = min(lane.prepared, key=lambda one: one.used)
         if place is None:
-            place = _Prepared(self._create(lane))
+            place = Prepared(self._create(lane))
             lane.prepared += [place]
         place.key = None
         place.graph = None
@@ -447,7 +344,7 @@ class TrtBackend:
             if not execution.set_input_shape(name, shape):
                 raise SdctError(f"TensorRT refused input {name!r} of shape {list(shape)}: {self._log.reason()}")
 
-    def _capture(self, lane: _Lane, prepared: _Prepared) -> bool:
+    def _capture(self, lane: Lane, prepared: Prepared) -> bool:
         """Capture a run into a CUDA graph; False where that fails."""
         assert lane.stream is not None
         cuda, stream = self._cuda, lane.stream.handle
@@ -473,7 +370,7 @@ class TrtBackend:
                 raise UnsupportedError(f"output {name!r} has extents {list(shape)} that depend on the data")
         return found
 
-    def _create(self, lane: _Lane | None) -> Any:
+    def _create(self, lane: Lane | None) -> Any:
         """An execution context that computes in the lane's activations."""
         execution = self._creating.atomically(self._new_execution)
         if execution is None:
@@ -501,7 +398,7 @@ class TrtBackend:
         newer = hasattr(self._engine, "device_memory_size_v2")  # from 10.1 on
         return int(self._engine.device_memory_size_v2 if newer else self._engine.device_memory_size)
 
-    def _fill(self, lane: _Lane) -> None:
+    def _fill(self, lane: Lane) -> None:
         """Allocate everything for the largest sizes."""
         cuda = self._cuda
         sizes = {n: self._nbytes(n, self._manifest.shapes[n][2]) for n in self._reads if n not in self._bank_reads}
@@ -520,7 +417,7 @@ class TrtBackend:
     def _bank_reads(self) -> list[str]:
         return [name for name in self._reads if name.startswith("sdct.")]
 
-    def _clean(self, lane: _Lane) -> None:
+    def _clean(self, lane: Lane) -> None:
         """Make a lane whose last run was cut off ready for the next; where it ended well, nothing."""
         if lane.busy is None:
             return

@@ -245,12 +245,12 @@ def test_an_exception_anywhere_leaves_the_pool_of_contexts_whole(
     """One context is all there is: if a request lost it, the next would wait for ever."""
     trt = fake_tensorrt.install(monkeypatch)
     fake_tensorrt.write_engine(folder, trt, concurrent=False)
-    from sdct_export.runtime import cuda
+    from sdct_export.runtime import cuda, lanes
     from sdct_export.runtime import trt as trt_module
 
     model = MultiAdapterModel(folder, backend="tensorrt")
     answers = {name: model.run(make_inputs(1, 2), name) for name in "ab"}
-    modules = (guarded, trt_module, cuda)
+    modules = (guarded, trt_module, lanes, cuda)
     at, fired = 0, True
     while fired:
         prepared = interrupt(lambda: model.run(make_inputs(1, 3), "a"), at, modules, opcodes=False)

@@ -26,7 +26,8 @@ from sdct_export.engine.build import (
 from sdct_export.errors import AdapterFormatError, ConfigError, SdctError, UnsupportedError
 from sdct_export.runtime import MultiAdapterModel
 from sdct_export.runtime import trt as trt_module
-from sdct_export.runtime.trt import MAX_LANES, MAX_SHAPES, _User
+from sdct_export.runtime.lanes import User
+from sdct_export.runtime.trt import MAX_LANES, MAX_SHAPES
 
 ADAPTERS = {"a": make_adapter(1, labels=3), "b": make_adapter(2), "c": make_adapter(3, labels=2)}
 ROWS = [{"a": 1.0}, {}, {"a": 0.5, "b": -2.0}]
@@ -239,7 +240,7 @@ def test_a_context_given_back_twice_is_not_taken_from_the_request_that_has_it_no
     model = MultiAdapterModel(path, backend="tensorrt")
     model.run(make_inputs(1, 1), "a")
     pool = model._open()[0]._pool
-    first, second = _User(), _User()
+    first, second = User(), User()
     context = pool.take((), first)
     pool.give_back(first)
     assert pool.take((), second) is context
@@ -299,7 +300,7 @@ def test_without_memory_for_another_lane_requests_wait_for_those_there_are(path:
     model = MultiAdapterModel(path, backend="tensorrt")
     inputs = make_inputs(1, 2)
     model.run(inputs)
-    pool, user = model._open()[0]._pool, _User()
+    pool, user = model._open()[0]._pool, User()
     lane = pool.take((), user)
     trt.cuda.free_bytes = 8
     results: list[Any] = []

@@ -91,9 +91,8 @@ class Buckets:
         """The outputs at their real length."""
         found = {}
         for name, array in outputs.items():
-            for axis in self.axes[name]:
-                array = array.take(range(tokens), axis) if array.shape[axis] > tokens else array
-            found[name] = array
+            real = tuple(slice(tokens if axis in self.axes[name] else None) for axis in range(array.ndim))
+            found[name] = np.ascontiguousarray(array[real])
         return found
 
     def is_harmless(self, run: Run, inputs: Mapping[str, Array], dtype: str) -> bool:

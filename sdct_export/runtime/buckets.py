@@ -92,7 +92,7 @@ class Buckets:
         found = {}
         for name, array in outputs.items():
             real = tuple(slice(tokens if axis in self.axes[name] else None) for axis in range(array.ndim))
-            found[name] = np.ascontiguousarray(array[real])
+            found[name] = np.ascontiguousarray(array[real]) if self.axes[name] else array
         return found
 
     def is_harmless(self, run: Run, inputs: Mapping[str, Array], dtype: str) -> bool:

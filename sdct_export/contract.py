@@ -24,7 +24,7 @@ it has none), so rows never fall.
 A row whose ids are all 0 returns `y_j` unchanged, bit for bit. Ids outside `0 .. slots - 1` are refused before a run.
 
 Saved linear modules (`modules_to_save`) are banked per module: `sdct.<module>.weight [slots, d_out, d_in]` and
-`sdct.<module>.bias [slots, d_out]` in the dtype of the model, applied linearly like every weight change:
+`sdct.<module>.bias [slots, d_out]` in the `edge_dtype` of the model, applied linearly like every weight change:
 
     y' = (1 - sum_k s_k) y + sum_k s_k (W_k x + b_k),   k over the ids that are not 0 whose adapter saves the module
 
@@ -53,6 +53,14 @@ ADAPTER_SCALES = "adapter_scales"
 OPTIONAL_INPUTS = ("token_type_ids",)  # zero where a request leaves them out, as in transformers
 SENTENCE_EMBEDDING = "sentence_embedding"  # [batch, dim], the one output of a bundle with pooling
 BATCH, BLEND, SLOTS = "batch", "blend", "slots"  # symbolic dimensions
+
+
+def edge_dtype(dtype: str) -> str:
+    """Type of the float inputs, outputs and banked heads of a model whose weights are of `dtype`.
+
+    Its own, but float32 around bfloat16, which numpy and ONNX Runtime's Python interface do not know.
+    """
+    return "float32" if dtype == "bfloat16" else dtype
 
 
 @dataclasses.dataclass(frozen=True)

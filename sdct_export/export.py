@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,14 @@ from .bundle.probe import Case, Probe, Row, sample_indices
 from .contract import Group, Head
 from .errors import AdapterFormatError, BaseMismatchError, ConfigError, UnsupportedError, an
 from .files import check_adapter_name, copy_inside, folder_name, new_folder
+from .graph.bfloat16 import FitBfloat16
 from .graph.insert import InsertAdapters
 from .graph.trace import trace
 from .tuning.layer import SdctLayer
 from .tuning.model import SdctModel
 
 AdapterLike = SdctAdapter | str | Path
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PROBED_ADAPTERS = 8
 # what serving needs of a base folder, beside its weights and config
 _COPIED = (
@@ -103,7 +105,8 @@ def export_merged(
             task its config names.
         model_class: `MODULE:CLASS` of a checkpoint, needed where the adapter was trained on a class of one's own, and
             for the transformer of a SentenceTransformer without its pooling.
-        dtype: `float32` or `float16`; default: the base's own, float32 for a bfloat16 base.
+        dtype: `float32`, `float16` or `bfloat16` (for ONNX Runtime's CUDA provider and TensorRT 10 on); `base` for the
+            base's own. Default: the base's own, but float32, with a warning, for a bfloat16 base.
 
     Raises:
         AdapterFormatError, BaseMismatchError: the adapter is damaged, or does not fit the base.
@@ -126,7 +129,7 @@ def export_merged(
         config.label2id = {label: i for i, label in enumerate(labels)}
     _complete(base, exported)
     with new_folder(output) as folder:
-        graph = trace(base.model)
+        graph = _trace(base, exported)
         if merged.trained_on is not None:
             write_training(folder, merged.trained_on)
         _write(folder, "merged", base, exported, graph, len(graph.graph.inputs), (), (), {})
@@ -156,7 +159,8 @@ def export_multi(
             the task their configs name.
         model_class: `MODULE:CLASS` of a checkpoint, needed where adapters were trained on a class of one's own, and
             for the transformer of a SentenceTransformer without its pooling.
-        dtype: `float32` or `float16`; default: the base's own, float32 for a bfloat16 base.
+        dtype: `float32`, `float16` or `bfloat16` (for ONNX Runtime's CUDA provider and TensorRT 10 on); `base` for the
+            base's own. Default: the base's own, but float32, with a warning, for a bfloat16 base.
 
     Raises:
         ConfigError: no adapter, a name that is not allowed, or adapters of different tasks.
@@ -177,7 +181,7 @@ def export_multi(
     exported = _export_dtype(base, dtype)
     _complete(base, exported)
     with new_folder(output) as folder:
-        graph = trace(base.model)
+        graph = _trace(base, exported)
         own_inputs = len(graph.graph.inputs)
         insertion = InsertAdapters(base.shapes, capacity, heads)
         insertion(graph)
@@ -353,10 +357,25 @@ def _check_head(label: str, path: str, module: nn.Linear, adapter: SdctAdapter, 
 
 
 def _export_dtype(base: _Base, dtype: str | None) -> str:
-    chosen = dtype or ("float16" if base.dtype == "float16" else "float32")
+    own = base.dtype if base.dtype in DTYPES else "float32"
+    if dtype is None and own == "bfloat16":
+        warnings.warn(
+            "the base is bfloat16, this bundle holds the same numbers in float32, which every runtime can run; "
+            "--dtype bfloat16 (dtype='bfloat16') keeps half the size for ONNX Runtime's CUDA provider and TensorRT 10",
+            stacklevel=3,
+        )
+        return "float32"
+    chosen = own if dtype in (None, "base") else str(dtype)
     if chosen not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}; got {chosen!r}")
     return chosen
+
+
+def _trace(base: _Base, dtype: str) -> ir.Model:
+    graph = trace(base.model)
+    if dtype == "bfloat16":
+        FitBfloat16()(graph)
+    return graph
 
 
 def _hash(source: AdapterLike) -> str | None:

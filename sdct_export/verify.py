@@ -19,6 +19,7 @@ from .adapter.folder import read_training
 from .adapter.training import TOLERANCES as TRAINING_TOLERANCES
 from .bundle.description import DATA_FILE, PROBE_FILE, Bundle, file_sha256, training_sha256
 from .bundle.probe import Probe, Row
+from .contract import edge_dtype
 from .errors import BaseMismatchError, SdctError
 from .runtime import MultiAdapterModel
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 # largest `difference` from torch's float32 result on the weights as exported, by the dtype of the bundle
-TOLERANCES = {"float32": 1e-4, "float16": 1e-2}
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
 ROWS = 8  # batch rows of one comparison with torch
 
 
@@ -107,7 +108,7 @@ def difference(got: Array, want: Array, *, padding: float = np.inf) -> float:
 
 def label_padding(bundle: Bundle) -> float:
     """Size beyond which an output of `bundle` is a label column that a row's adapter does not have, see `contract`."""
-    return float(np.finfo(bundle.dtype).max) / 64 if bundle.heads else float("inf")
+    return float(np.finfo(edge_dtype(bundle.dtype)).max) / 64 if bundle.heads else float("inf")
 
 
 def _files(bundle: Bundle) -> Iterator[Check]:

@@ -28,8 +28,9 @@ def bank_layout(bundle: Bundle) -> Layout:
         layout[contract.indices_name(group.name)] = (np.dtype(np.int32), (n, 2))
     for head in bundle.heads:
         weight, bias, present = contract.head_names(head.module)
-        layout[weight] = (DTYPE_NAMES[bundle.dtype], (head.d_out, head.d_in))
-        layout[bias] = (DTYPE_NAMES[bundle.dtype], (head.d_out,))
+        dtype = DTYPE_NAMES[contract.edge_dtype(bundle.dtype)]
+        layout[weight] = (dtype, (head.d_out, head.d_in))
+        layout[bias] = (dtype, (head.d_out,))
         layout[present] = (np.dtype(np.float32), ())
     return layout
 

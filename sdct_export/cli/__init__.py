@@ -52,7 +52,10 @@ Examples:
     help="What to write: ONNX, the same with a TensorRT engine in it, or (with --merge) a checkpoint.",
 )
 @click.option(
-    "--dtype", type=click.Choice(["float32", "float16"]), help="Type of the ONNX weights. [default: the base's]"
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Type of the ONNX weights; bfloat16 runs on CUDA and TensorRT 10 only. [default: the base's, but float32 for "
+    "a bfloat16 base unless --format tensorrt]",
 )
 @click.option(
     "--task",
@@ -102,7 +105,7 @@ def main(
     if format_ != "transformers":
         check_text(output, "ONNX Runtime")
     if format_ == "tensorrt":
-        _require_tensorrt()
+        dtype = _dtype_for_tensorrt(dtype)
     if format_ == "transformers":
         from ..weights.merging import merge_checkpoint
 
@@ -160,17 +163,23 @@ def _named(adapters: tuple[str, ...]) -> dict[str, Path]:
     return named
 
 
-def _require_tensorrt() -> None:
-    """Before minutes of export, not after them."""
+def _dtype_for_tensorrt(dtype: str | None) -> str | None:
+    """The type to export; what TensorRT cannot do is refused before minutes of export, not after them."""
+    from ..engine.build import check_dtype
+    from ..engine.settings import is_strongly_typed
     from ..errors import UnsupportedError
+    from ..plugin_choice import parse_version
 
     try:
-        import tensorrt  # noqa: F401
+        import tensorrt
     except ImportError:
         raise UnsupportedError(
             "--format tensorrt builds an engine, which needs the package tensorrt on the machine with the GPU: "
             "pip install 'sdct_export[tensorrt]' there, or export ONNX here and run `sdct-export build` there"
         ) from None
+    version = parse_version(str(tensorrt.__version__))
+    check_dtype(dtype, version)
+    return dtype or ("base" if is_strongly_typed(version) else None)
 
 
 def _size(folder: Path) -> int:

@@ -248,6 +248,18 @@ def profile_shapes(
 # --- The graph the parser reads
 
 
+def check_dtype(dtype: str | None, version: settings.Version) -> None:
+    """Raise `UnsupportedError` where TensorRT `version` builds no engine of `dtype` weights.
+
+    bfloat16 needs a strongly typed network: older builders choose types layer by layer.
+    """
+    if dtype == "bfloat16" and not settings.is_strongly_typed(version):
+        raise UnsupportedError(
+            f"TensorRT {version[0]}.{version[1]} has no strongly typed networks, which bfloat16 bundles need; install "
+            "TensorRT 10 or newer, or export with --dtype float16 or float32"
+        )
+
+
 def prepare_graph(bundle: Bundle, *, version: tuple[int, int] = settings.NEWEST) -> Path:
     """Write the bundle's graph so that TensorRT's parser takes `SpectralDelta` from the plugin; returns the file.
 
@@ -261,9 +273,10 @@ def prepare_graph(bundle: Bundle, *, version: tuple[int, int] = settings.NEWEST)
             LayerNormalization; for a float16 bundle their graph says which nodes are float32.
 
     Raises:
-        UnsupportedError: onnx is missing, or the graph cannot be converted.
+        UnsupportedError: onnx is missing, the graph cannot be converted, or TensorRT is too old for bfloat16.
     """
     old = version < (10, 0)
+    check_dtype(bundle.dtype, version)
     if bundle.kind == "merged" and not old:
         return bundle.model_path
     oldest = version < settings.LAYER_NORMALIZATION

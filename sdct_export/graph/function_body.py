@@ -325,7 +325,8 @@ def _head_changed(
     parts = op("Unsqueeze", strength, op.const([1]))  # [batch, 1, k]
 
     def rows_of(bank: ir.Value) -> Any:
-        return _as_float(op, op("Reshape", op("Gather", bank, ids, axis=0), op.shape(batch, blend, -1)), dtype)
+        rows = op("Reshape", op("Gather", bank, ids, axis=0), op.shape(batch, blend, -1))
+        return _as_float(op, rows, dtype if bank.dtype is None else bank.dtype)
 
     def mixed(rows: ir.Value, *shape: int) -> Any:
         return op("Reshape", op("MatMul", parts, rows), op.shape(batch, *shape))

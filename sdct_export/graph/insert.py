@@ -18,6 +18,7 @@ from ..contract import (
     SLOTS,
     Group,
     Head,
+    edge_dtype,
     group_name,
     head_names,
     indices_name,
@@ -133,8 +134,9 @@ class InsertAdapters(ir.passes.InPlacePass):
         dtype = site.y.dtype
         assert dtype is not None
         weight_name, bias_name, present_name = head_names(head.module)
-        weight = _input(graph, weight_name, dtype, [SLOTS, head.d_out, head.d_in])
-        bias = _input(graph, bias_name, dtype, [SLOTS, head.d_out])
+        banked = FLOAT if edge_dtype(dtype.numpy().name) == "float32" else dtype
+        weight = _input(graph, weight_name, banked, [SLOTS, head.d_out, head.d_in])
+        bias = _input(graph, bias_name, banked, [SLOTS, head.d_out])
         present = _input(graph, present_name, FLOAT, [SLOTS])
         ops = Ops(f"sdct.{head.module}")
         output = head_body(ops, head, dtype, site.x, ids, scales, weight, bias, present, site.y)

@@ -27,7 +27,7 @@ from ..bundle.packing import Layout, bank_layout, label_count, most_bytes, pack
 from ..errors import AdapterFormatError, BaseMismatchError, ConfigError, SdctError, UnsupportedError
 from ..files import check_adapter_name
 from .bank import AdapterInfo, Bank, Memory
-from .ort import OrtBackend
+from .ort import OrtBackend, check_dtype
 
 Selection = str | None | Mapping[str, float]  # the adapters of one batch row
 
@@ -105,11 +105,7 @@ class MultiAdapterModel:
         else:
             if engine is not None:
                 raise ConfigError("engine is for backend='tensorrt'; leave it out for ONNX Runtime")
-            if self.bundle.dtype not in ("float32", "float16"):
-                raise UnsupportedError(
-                    f"{self.bundle.path}: ONNX Runtime cannot run a {self.bundle.dtype} bundle; "
-                    "export it in float32 or float16"
-                )
+            check_dtype(self.bundle, device or "cpu")
             self.bundle.check_model()
             loaded = OrtBackend(self.bundle.model_path, device or "cpu", threads, self.bundle.groups)
         self._check_graph(loaded, layout)
@@ -200,7 +196,7 @@ class MultiAdapterModel:
 
         Returns:
             output name -> array. Rows whose adapter has fewer labels than the bundle's largest head hold about
-            `finfo(dtype).min / 2` in the columns beyond their own.
+            `finfo(dtype).min / 2` in the columns beyond their own. Those of a bfloat16 bundle are float32.
 
         Raises:
             UnknownAdapterError: a name is not loaded.

@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import native
 from ..adapter.entries import Array
-from ..bundle.description import DATA_FILE, TensorSpec
+from ..bundle.description import DATA_FILE, Bundle, TensorSpec
 from ..contract import Group
 from ..errors import AdapterFormatError, ConfigError, SdctError, UnsupportedError
 
@@ -71,6 +71,7 @@ class OrtBackend:
         try:
             self._session = onnxruntime.InferenceSession(str(model), options, providers=providers)
         except Exception as error:  # ONNX Runtime's errors share no base class
+            self._refuse_missing_kernel(model, str(error))
             raise AdapterFormatError(
                 f"{model}: ONNX Runtime {onnxruntime.__version__} cannot load it ({_first_line(error)}); "
                 "copy the whole bundle or export it again"
@@ -133,6 +134,17 @@ class OrtBackend:
             ) from error
         return dict(zip(self.outputs, binding.copy_outputs_to_cpu(), strict=True))
 
+    def _refuse_missing_kernel(self, model: Path, problem: str) -> None:
+        """Raise `UnsupportedError` where `problem` is that no provider here computes some node in its types."""
+        found = re.search(r"Could not find an implementation for (\w+)\((\d+)\) node with name '(.*)'", problem)
+        if found is not None:
+            provider = f"{'CUDA' if self._device == 'cuda' else 'CPU'}ExecutionProvider"
+            raise UnsupportedError(
+                f"{model}: {provider} of ONNX Runtime {self._ort.__version__} has no kernel for {found[1]} (opset "
+                f"{found[2]}, node {found[3]!r}) in this model's types; install a newer ONNX Runtime, or export with "
+                "--dtype float32 or float16"
+            )
+
     def _providers(self, device: str) -> Sequence[str | tuple[str, dict[str, str]]]:
         if self._device == "cpu":
             return ["CPUExecutionProvider"]
@@ -148,6 +160,23 @@ class OrtBackend:
             ("CUDAExecutionProvider", {"device_id": str(self._device_id), "use_tf32": "0"}),
             "CPUExecutionProvider",
         ]
+
+
+def check_dtype(bundle: Bundle, device: str) -> None:
+    """Raise `UnsupportedError` where no ONNX Runtime runs bundles of this type on `device`, before it reads the model.
+
+    On a CUDA device the graph decides: `OrtBackend` names an operator without a kernel.
+    """
+    if bundle.dtype == "bfloat16" and device == "cpu":
+        raise UnsupportedError(
+            f"{bundle.path}: a bfloat16 bundle cannot run on the CPU: ONNX Runtime's CPUExecutionProvider has no bfloat16 "
+            "kernel for MatMul, Add, Mul and most others; use device='cuda' (--device cuda) or a TensorRT engine, or "
+            "export with --dtype float32 or float16"
+        )
+    if bundle.dtype not in ("float32", "float16", "bfloat16"):
+        raise UnsupportedError(
+            f"{bundle.path}: ONNX Runtime cannot run a {bundle.dtype} bundle; export it in float32 or float16"
+        )
 
 
 def expansion_limit(model: Path, groups: Sequence[Group]) -> int:

@@ -22,6 +22,7 @@ from sdct_export.adapter.config import SdctConfig
 from sdct_export.adapter.entries import Array, SdctEntries
 from sdct_export.base.model import is_conv1d, linear_shape, model_hash
 from sdct_export.bundle.description import Bundle
+from sdct_export.contract import edge_dtype
 
 Row = Mapping[str, float]  # adapter name -> scale; empty for the base
 
@@ -248,7 +249,7 @@ def feeds(
                 start += capacity
         result[f"sdct.{group.name}.values"], result[f"sdct.{group.name}.indices"] = values, indices
     for head in bundle.heads:
-        dtype = np.dtype(bundle.dtype)
+        dtype = np.dtype(edge_dtype(bundle.dtype))
         weight, bias = np.zeros((slots, head.d_out, head.d_in), dtype), np.zeros((slots, head.d_out), dtype)
         present = np.zeros(slots, np.float32)
         for slot, name in enumerate(names, 1):

@@ -379,7 +379,7 @@ def test_bad_requests_are_refused(small: Any, tmp_path: Path) -> None:
     refuses(ConfigError, "needs at least one adapter", model, {}, out)
     for name in ("a/b", "a.b", "a b", ""):
         refuses(ConfigError, "adapter name", model, {name: adapter}, out)
-    refuses(ConfigError, "dtype must be one of float32, float16; got 'int8'", model, {"a": adapter}, out, dtype="int8")
+    refuses(ConfigError, "one of float32, float16, bfloat16; got 'int8'", model, {"a": adapter}, out, dtype="int8")
     other = dataclasses.replace(adapter, config=dataclasses.replace(adapter.config, task_type="TOKEN_CLS"))
     refuses(ConfigError, "'a' is SEQ_CLS, 'b' is TOKEN_CLS", model, {"a": adapter, "b": other}, out)
     out.mkdir()

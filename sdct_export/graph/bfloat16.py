@@ -3,9 +3,9 @@
 **Ends.** numpy and ONNX Runtime's Python interface know no bfloat16, so the graph takes and gives float32: an input is
 rounded once where it comes in, an output is widened, which is exact.
 
-**Operators.** ONNX Runtime's CUDA provider has bfloat16 kernels for most operators; the others compute in float32 here,
-between casts, and round once to bfloat16 as a kernel of their own would. `KERNELS` says from which opset on it has one
-(docs/OperatorKernels.md of ONNX Runtime). TensorRT runs both forms.
+**Operators.** ONNX Runtime's CUDA provider has bfloat16 kernels for most operators; the others (Conv up to opset 21,
+ReduceMean, Clip) compute in float32 here, between casts, and round once to bfloat16, as a kernel of their own would.
+`KERNELS` says from which opset on there is one, after ONNX Runtime's docs/OperatorKernels.md. TensorRT runs both.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def _widen(node: ir.Node) -> None:
     assert graph is not None
     for index, value in enumerate(node.inputs):
         if value is not None and value.dtype == BFLOAT16:
-            wide = ir.Value(name=f"{node.outputs[0].name}.{index}.float32", type=ir.TensorType(FLOAT), shape=value.shape)
+            wide = ir.Value(
+                name=f"{node.outputs[0].name}.{index}.float32", type=ir.TensorType(FLOAT), shape=value.shape
+            )
             graph.insert_before(node, ir.node("Cast", [value], {"to": FLOAT}, outputs=[wide]))
             node.replace_input_with(index, wide)
     for value in node.outputs:

@@ -169,9 +169,9 @@ def check_dtype(bundle: Bundle, device: str) -> None:
     """
     if bundle.dtype == "bfloat16" and device == "cpu":
         raise UnsupportedError(
-            f"{bundle.path}: a bfloat16 bundle cannot run on the CPU: ONNX Runtime's CPUExecutionProvider has no bfloat16 "
-            "kernel for MatMul, Add, Mul and most others; use device='cuda' (--device cuda) or a TensorRT engine, or "
-            "export with --dtype float32 or float16"
+            f"{bundle.path}: a bfloat16 bundle cannot run on the CPU: ONNX Runtime's CPUExecutionProvider has no "
+            "bfloat16 kernel for MatMul, Add, Mul and most others; use device='cuda' (--device cuda) or a TensorRT "
+            "engine, or export with --dtype float32 or float16"
         )
     if bundle.dtype not in ("float32", "float16", "bfloat16"):
         raise UnsupportedError(

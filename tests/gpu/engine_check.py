@@ -22,7 +22,9 @@ from sdct_export.adapter.config import SdctConfig
 from sdct_export.adapter.entries import SdctEntries
 from sdct_export.bundle.description import Bundle
 from sdct_export.engine.build import Profile, build_engine
+from sdct_export.engine.settings import is_strongly_typed
 from sdct_export.errors import SdctError
+from sdct_export.plugin_choice import parse_version
 from sdct_export.runtime import MultiAdapterModel
 
 PLANS = {
@@ -32,8 +34,9 @@ PLANS = {
     "blend": [{"a": 0.5, "b": 0.5}, {"b": -1.5}, None],
     "hot": ["hot", "a", None],
 }
-# of the largest output; TF32 is off. float16 rounds every layer, each runtime in its own places
-TOLERANCE = {"float32": 2e-4, "float16": 3e-2}
+# of the largest output; TF32 is off. Half types round every layer, each runtime in its own places; what is expected of
+# bfloat16 comes from float32
+TOLERANCE = {"float32": 2e-4, "float16": 3e-2, "bfloat16": 1e-1}
 MANY = 2000
 LOADS = 50
 PROFILE = Profile(batch=(1, 3, 32), sequence=(1, 6, 32), slots=(2, 256, 2048))
@@ -198,7 +201,11 @@ def check_many(case: str, bundle: Bundle, model: MultiAdapterModel, inputs: dict
 def main(folder: Path, result: Path | None = None) -> int:
     import tensorrt
 
+    typed = is_strongly_typed(parse_version(tensorrt.__version__))
     for case in sorted(path.parent for path in folder.glob("*/expected.npz")):
+        if Bundle.load(case / "bundle").dtype == "bfloat16" and not typed:
+            print("skip", case.name, f"needs TensorRT 10, this is {tensorrt.__version__}")
+            continue
         try:
             run_case(case)
         except (SdctError, AssertionError) as error:

@@ -17,7 +17,7 @@ from sdct_export.graph.bfloat16 import FitBfloat16
 def fitted(
     nodes: list[onnx.NodeProto], outputs: list[str], *, opset: int = 20, types: dict[str, int] | None = None
 ) -> tuple[onnx.ModelProto, onnx.ModelProto]:
-    """`x [2, 3, 4, 4]` bfloat16 through `nodes`, all values bfloat16 but those of `types`, before and after the pass."""
+    """`x [2, 3, 4, 4]` through `nodes`, all values bfloat16 but those of `types`, before and after the pass."""
     shape = [2, 3, 4, 4]
     kernel = helper.make_tensor("w", BFLOAT16, [3, 3, 1, 1], np.linspace(-1, 1, 9).astype(ml_dtypes.bfloat16))
     floor = helper.make_tensor("floor", BFLOAT16, [], np.array([0.3], ml_dtypes.bfloat16))

@@ -6,17 +6,21 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
 import scipy.fft
+from bfloat16_graphs import by_onnx, rounded, typed
+from bfloat16_graphs import session as rounded_session
 from references import delta_weight, relative_error
 
 from sdct_export.adapter.entries import Array
 from sdct_export.contract import DCT_OP_TYPE, DOMAIN, IDCT_OP_TYPE, OP_TYPE, OP_VERSION, PLACE_OP_TYPE, Group
 from sdct_export.graph import function_body
+from sdct_export.graph.bfloat16 import FitBfloat16
 from sdct_export.graph.function_body import factor_length, factors, functions_for, overload_of
 
 FLOAT, FLOAT16, INT32 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT32
@@ -240,6 +244,26 @@ def test_float16_rounds_once() -> None:
         assert (np.abs(actual - want) <= np.spacing(np.abs(want).astype(np.float16)) * 0.5 + 1e-4).all()
         assert relative_error(actual, case.feeds[f"y_{j + 1}"]) > 0.05
         assert actual[1].tobytes() == case.feeds[f"y_{j + 1}"][1].tobytes()
+
+
+@pytest.mark.parametrize("evaluator", ["each node rounded", "by onnx"])
+def test_bfloat16_rounds_once(evaluator: str) -> None:
+    case = make_case(128, (48, 60), (30, 21), (4, 7), [[1, 2], [0, 0], [2, 3], [4, 0]], 8, ml_dtypes.bfloat16)
+    model = typed(ir.to_proto(case.model(ir.DataType.BFLOAT16)))
+    if evaluator == "by onnx":
+        results = list(by_onnx(model, case.feeds).values())
+    else:  # Python's interface of ONNX Runtime takes no bfloat16: widen at the ends
+        feeds = {n: a.astype(np.float32) if a.dtype == ml_dtypes.bfloat16 else a for n, a in case.feeds.items()}
+        fitted = ir.from_proto(model)
+        FitBfloat16()(fitted)
+        results = rounded_session(rounded(typed(ir.to_proto(fitted)))).run(None, feeds)
+    for j, (actual, want) in enumerate(zip(results, case.expected(), strict=True)):
+        assert actual.dtype == (np.float32 if evaluator == "each node rounded" else ml_dtypes.bfloat16)
+        found, y = actual.astype(np.float64), case.feeds[f"y_{j + 1}"]
+        ulp = 2.0 ** (np.floor(np.log2(np.abs(want))) - 7)
+        assert (np.abs(found - want) <= 0.5 * ulp + 1e-4).all()
+        assert relative_error(found, y.astype(np.float64)) > 0.05
+        np.testing.assert_array_equal(found[1], y[1].astype(np.float64))
 
 
 def test_the_model_passes_the_checker_and_stores_each_matrix_once() -> None:

@@ -360,9 +360,9 @@ def test_constructor_options(folder: Path) -> None:
     ]:
         with pytest.raises(error, match=message):
             MultiAdapterModel(folder, **options)
-    half = dataclasses.replace(Bundle.load(folder), dtype="bfloat16")
-    with pytest.raises(UnsupportedError, match="cannot run a bfloat16 bundle; export it in float32 or float16"):
-        MultiAdapterModel(half)
+    double = dataclasses.replace(Bundle.load(folder), dtype="float64")
+    with pytest.raises(UnsupportedError, match="cannot run a float64 bundle; export it in float32 or float16"):
+        MultiAdapterModel(double)
 
 
 def test_cuda_is_never_replaced_by_the_cpu(folder: Path) -> None:

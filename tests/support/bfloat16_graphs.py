@@ -24,14 +24,19 @@ _AS_THEY_ARE = ("Cast", "Constant", "If", OP_TYPE)
 
 
 def loaded(path: Path, *, native: bool = False) -> onnx.ModelProto:
-    """The model with its functions inlined and a type for every value; with `native` the operator's nodes stay."""
+    """The model of a bundle as `typed` leaves it; with `native` the operator's nodes stay."""
     model = onnx.load(path)
     if native:
         del model.functions[:]
         for node in model.graph.node:
             if node.domain == DOMAIN:
                 node.overload = ""
-    elif model.functions:
+    return typed(model)
+
+
+def typed(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its functions inlined and a type for every value."""
+    if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     return onnx.shape_inference.infer_shapes(model)
 
@@ -52,7 +57,9 @@ def _round(graph: onnx.GraphProto, outer: Mapping[str, int]) -> None:
     types = types_of(graph, outer)
     nodes = []
     for node in graph.node:
-        assert all(types.get(name, 0) for name in (*node.input, *node.output) if name), f"a value of {node} has no type"
+        assert all(types.get(name, 0) for name in (*node.input, *node.output) if name), (
+            f"a value of {node} has no type"
+        )
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
                 _round(attribute.g, types)

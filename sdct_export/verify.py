@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 # largest `difference` from torch's float32 result on the weights as exported, by the dtype of the bundle
-TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 ROWS = 8  # batch rows of one comparison with torch
 
 

@@ -60,6 +60,7 @@ from .tuning.model import SdctModel
 AdapterLike = SdctAdapter | str | Path
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PROBED_ADAPTERS = 8
+LEAST_KEPT = 0.9  # of a merged change, by `Merged.kept`; below that a warning says so
 # what serving needs of a base folder, beside its weights and config
 _COPIED = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "chat_template*",
@@ -121,7 +122,14 @@ def export_merged(
     base = _prepare(model, named, task_type, model_class)
     (merged,) = named.values()
     exported = _export_dtype(base, dtype)
-    merge(base.model.float(), merged)
+    change = merge(base.model.float(), merged)
+    kept = change.kept(merged.modules, DTYPES[exported]) if exported != "float32" else 1.0
+    if kept < LEAST_KEPT:
+        warnings.warn(
+            f"rounded to {exported} the merged weights keep {kept:.0%} of the adapter's change; merge in a wider type "
+            "(--dtype float32), or export without --merge, which leaves the adapter as it is",
+            stacklevel=2,
+        )
     labels = None if merged.trained_on is None else merged.trained_on.id2label
     config: Any = getattr(base.model, "config", None)
     if labels is not None and config is not None:

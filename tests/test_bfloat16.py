@@ -26,6 +26,7 @@ import torch
 from click.testing import CliRunner
 from families import FAMILIES, Family, edited, feeds, random_adapter, torch_rows
 from onnx import TensorProto
+from references import delta_weight
 from torch import Tensor, nn
 from trained_model import trained
 
@@ -187,6 +188,26 @@ def test_merged_weights_are_rounded_once(exported: Exported, tmp_path: Path) -> 
     stored = [onnx.numpy_helper.to_array(w) for w in graph.graph.initializer if w.data_type == BF16]
     asked = merged[weight].T.numpy()
     assert any(w.shape == asked.shape and np.array_equal(w.astype(np.float32), asked) for w in stored)
+
+
+@pytest.mark.parametrize(("scaling", "told"), [(0.5, False), (2e-3, True)])
+def test_a_change_that_rounding_swallows_is_told(scaling: float, told: bool, tmp_path: Path) -> None:
+    family = FAMILIES["gpt2"]
+    base = family.model().bfloat16()
+    adapter = random_adapter(family, base.float(), 1, scaling=scaling)
+    left = whole = 0.0
+    for path, entries in adapter.modules.items():
+        before = base.get_submodule(path).weight.detach().double().numpy().T  # GPT-2's is [d_in, d_out]
+        change = delta_weight(entries.values, entries.indices, before.shape, scaling)
+        after = (before + change).astype(ml_dtypes.bfloat16).astype(np.float64)
+        left, whole = left + ((after - before) * change).sum(), whole + (change**2).sum()
+    assert (left / whole < 0.9) == told
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        export_merged(base, adapter, tmp_path / "out", dtype="bfloat16")
+    words = [str(w.message) for w in found if "keep" in str(w.message)]
+    start = f"rounded to bfloat16 the merged weights keep {left / whole:.0%} of the adapter's change; "
+    assert [w.startswith(start) for w in words] == [True] * told
 
 
 # --- as on a GPU

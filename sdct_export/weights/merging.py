@@ -83,6 +83,21 @@ class Merged:
         _restore(self.model, self._originals)
         self._originals.clear()
 
+    def kept(self, modules: Iterable[str], dtype: torch.dtype) -> float:
+        """How much of the change of `modules` is left once their weights are rounded to `dtype`.
+
+        `sum <r(W + dW) - r(W), dW> / sum <dW, dW>` with the rounding `r`: 1 where rounding only adds noise, 0 where
+        every step is too small to leave the number that was there.
+        """
+        left = whole = 0.0
+        for module in modules:
+            before = self._originals[f"{module}.weight"]
+            after = self.model.get_parameter(f"{module}.weight").detach().to("cpu", before.dtype)
+            change = after.double() - before.double()
+            left += float(torch.sum((after.to(dtype).double() - before.to(dtype).double()) * change))
+            whole += float(torch.sum(change * change))
+        return left / whole if whole else 1.0
+
     def __enter__(self) -> Merged:
         return self
 

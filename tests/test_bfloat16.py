@@ -111,7 +111,7 @@ def test_every_family_is_as_near_as_torch_in_bfloat16(exports: Callable[[str], E
     if name != "roberta-classifier":  # whose CumSum ONNX's evaluator does not compute
         for output, value in bfloat16_graphs.by_onnx(graph, arrays).items():
             assert value.dtype == np.float32
-            assert far(value, want[output]) < TOLERANCES["bfloat16"] / 2
+            assert far(value, want[output]) < TOLERANCES["bfloat16"]  # which rounds within operators, too
     session = bfloat16_graphs.session(bfloat16_graphs.rounded(graph))
     got = named(session, arrays)
     alone = named(session, arrays | feeds(made.bundle, [{}] * len(ROWS), made.adapters))

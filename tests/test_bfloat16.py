@@ -12,7 +12,7 @@ import json
 import sys
 import types
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from sdct_export.bundle.description import BUNDLE_FILE, Bundle, file_sha256
 from sdct_export.cli import main
 from sdct_export.engine.build import build_engine, prepare_graph
 from sdct_export.errors import UnsupportedError
+from sdct_export.graph.bfloat16 import KERNELS
 from sdct_export.native import find_library, register_operator
 from sdct_export.runtime import MultiAdapterModel, ort
 from sdct_export.runtime import model as model_module
@@ -150,6 +151,23 @@ def test_weights_are_bfloat16_and_the_ends_are_not(exports: Callable[[str], Expo
             bank = [TensorProto.INT32, TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.INT32]
             assert [types[n] for n in node.input] == [BF16, *bank, *[BF16] * (len(node.input) - 5)]
             assert {types[n] for n in node.output} == {BF16}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_bodies_and_heads_too_use_only_operators_with_a_kernel(exports: Callable[[str], Exported], name: str) -> None:
+    """They come into the graph after the pass that sees to it for the base."""
+
+    def used(graph: onnx.GraphProto, outer: Mapping[str, int]) -> Iterator[str]:
+        types = bfloat16_graphs.types_of(graph, outer)
+        for node in graph.node:
+            if BF16 in [types.get(value) for value in (*node.input, *node.output)]:
+                yield node.op_type
+            for attribute in node.attribute:
+                if attribute.type == onnx.AttributeProto.GRAPH:
+                    yield from used(attribute.g, types)
+
+    found = set(used(bfloat16_graphs.loaded(exports(name).bundle.model_path).graph, {}))
+    assert {"MatMul", "Cast", "If", "Where", "Reshape"} <= found <= KERNELS
 
 
 def test_the_native_operator_in_a_bfloat16_model(exported: Exported) -> None:

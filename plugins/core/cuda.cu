@@ -97,7 +97,8 @@ Status upload(const Tables& tables, int device, std::shared_ptr<const DeviceTabl
   if (*out) return Status::kOk;
   auto fresh = std::make_shared<DeviceTables>();
   fresh->device = device;
-  if (failed(cudaMalloc(&fresh->memory, tables.blob().size()))) return Status::kOutOfMemory;
+  const cudaError_t error = cudaMalloc(&fresh->memory, tables.blob().size());
+  if (failed(error)) return error == cudaErrorMemoryAllocation ? Status::kOutOfMemory : Status::kCuda;
   // on a stream that is waited for: cudaMemcpy from ordinary memory may return before the tables have arrived, and a launch on a
   // stream that does not take turns with the default one would not wait for them
   cudaStream_t stream = nullptr;

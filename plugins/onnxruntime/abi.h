@@ -35,7 +35,6 @@ struct Value;
 // --- enums, with the values used here; the fixed type lets others arrive -----------------------------------------------------
 enum class ErrorCode : int { kFail = 1, kInvalidArgument = 2, kRuntimeException = 6, kInvalidGraph = 10, kEpFail = 11 };
 enum class ElementType : int { kUndefined = 0, kFloat = 1, kInt32 = 6, kFloat16 = 10, kBFloat16 = 16 };
-enum class AllocatorType : int { kDevice = 0 };
 enum class MemoryType : int { kDefault = 0 };
 enum class Characteristic : int { kRequired = 0, kVariadic = 2 };
 
@@ -100,11 +99,11 @@ struct CustomOp {
   X(61, Status*, GetDimensionsCount, (const TensorInfo*, size_t* rank))                                                      \
   X(62, Status*, GetDimensions, (const TensorInfo*, int64_t* dims, size_t rank))                                             \
   X(65, Status*, GetTensorTypeAndShape, (const Value*, TensorInfo**))                                                        \
-  X(68, Status*, CreateMemoryInfo, (const char* name, AllocatorType, int id, MemoryType, MemoryInfo**))                      \
+  X(72, Status*, MemoryInfoGetId, (const MemoryInfo*, int* id))                                                              \
+  X(77, Status*, AllocatorGetInfo, (const Allocator*, const MemoryInfo**))                                                   \
   X(86, Status*, KernelInfoGetAttribute_int64, (const KernelInfo*, const char* name, int64_t*))                              \
   X(90, Status*, KernelContext_GetInput, (const KernelContext*, size_t index, const Value**))                                \
   X(91, Status*, KernelContext_GetOutput, (KernelContext*, size_t index, const int64_t* dims, size_t rank, Value**))         \
-  X(94, void, ReleaseMemoryInfo, (MemoryInfo*))                                                                              \
   X(99, void, ReleaseTensorTypeAndShapeInfo, (TensorInfo*))                                                                  \
   X(101, void, ReleaseCustomOpDomain, (CustomOpDomain*))                                                                     \
   X(132, void, ReleaseAllocator, (Allocator*))                                                                               \
@@ -113,12 +112,13 @@ struct CustomOp {
   X(230, Status*, KernelInfo_GetInputCount, (const KernelInfo*, size_t*))                                                    \
   X(231, Status*, KernelInfo_GetOutputCount, (const KernelInfo*, size_t*))                                                   \
   X(244, Status*, KernelInfo_GetNodeName, (const KernelInfo*, char* name, size_t* length))                                   \
-  X(253, Status*, KernelContext_GetAllocator, (const KernelContext*, const MemoryInfo*, Allocator**))                        \
   X(267, Status*, ShapeInferContext_GetInputCount, (const ShapeInferContext*, size_t*))                                      \
   X(268, Status*, ShapeInferContext_GetInputTypeShape, (const ShapeInferContext*, size_t index, TensorInfo**))               \
   X(270, Status*, ShapeInferContext_SetOutputTypeShape, (const ShapeInferContext*, size_t index, const TensorInfo*))         \
   X(274, Status*, KernelContext_ParallelFor,                                                                                 \
-    (const KernelContext*, void (*body)(void*, size_t), size_t count, size_t batches, void* context))
+    (const KernelContext*, void (*body)(void*, size_t), size_t count, size_t batches, void* context))                        \
+  X(277, Status*, KernelContext_GetScratchBuffer, (const KernelContext*, const MemoryInfo*, size_t bytes, void** memory))    \
+  X(278, Status*, KernelInfoGetAllocator, (const KernelInfo*, MemoryType, Allocator**))
 
 // Entries of version kNewerApi, null in an older runtime: the shape of a tensor without allocating a copy of it.
 constexpr uint32_t kNewerApi = 24;

@@ -5,6 +5,7 @@
 // This file validates, dispatches and reports errors; no exception leaves it. It needs no header of ONNX Runtime (abi.h) and links
 // against nothing of it: the runtime that loads the library passes its functions.
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -17,6 +18,10 @@
 #include "abi.h"
 #include "sdct/sdct.h"
 
+#if defined(SDCT_WITH_CUDA)
+#include <cuda_runtime_api.h>
+#endif
+
 #if defined(_WIN32)
 #define SDCT_EXPORT __declspec(dllexport)
 #else
@@ -26,7 +31,7 @@
 namespace {
 
 using namespace sdct;
-using ort::AllocatorType, ort::Characteristic, ort::ElementType, ort::ErrorCode, ort::MemoryType;
+using ort::Characteristic, ort::ElementType, ort::ErrorCode, ort::MemoryType;
 
 enum Input : size_t { kX, kIds, kScales, kValues, kIndices, kFirstY };
 
@@ -76,6 +81,33 @@ struct Tensor {
   }
 };
 
+#if defined(SDCT_WITH_CUDA)
+// Makes a device the current one, and again the one that was. The provider chooses the device of its session for the thread that
+// calls Run, and no more than that.
+class OnDevice {
+ public:
+  OnDevice(int device, const std::string& node) {
+    cudaError_t error = cudaGetDevice(&before_);
+    if (error == cudaSuccess && before_ != device) {
+      error = cudaSetDevice(device);
+      changed_ = error == cudaSuccess;
+    }
+    if (error == cudaSuccess) return;
+    static_cast<void>(cudaGetLastError());  // reported here; the provider's own checks must not meet it again
+    fail(ErrorCode::kEpFail, node + "CUDA device " + std::to_string(device) + " cannot be used: " + cudaGetErrorString(error));
+  }
+  ~OnDevice() {
+    if (changed_ && cudaSetDevice(before_) != cudaSuccess) static_cast<void>(cudaGetLastError());
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+#endif
+
 class Kernel {
  public:
   Kernel(const ort::KernelInfo* info, bool cuda) : cuda_(cuda) {
@@ -115,6 +147,12 @@ class Kernel {
     const Status status = good ? create_plan(shape, &plan) : Status::kBadShape;
     if (status != Status::kOk) fail(ErrorCode::kInvalidGraph, name_ + status_text(status));
     plan_.reset(plan);
+    if (!cuda_) return;
+    ort::Allocator* allocator = nullptr;
+    check(api.KernelInfoGetAllocator(info, MemoryType::kDefault, &allocator));
+    allocator_ = {allocator, api.ReleaseAllocator};
+    check(api.AllocatorGetInfo(allocator, &memory_));
+    check(api.MemoryInfoGetId(memory_, &device_));
   }
 
   void compute(ort::KernelContext* context) {
@@ -264,7 +302,9 @@ class Kernel {
     return status;
   }
 
+#if defined(SDCT_WITH_CUDA)
   Status run_cuda(ort::KernelContext* context, const Problem& problem) {
+    const OnDevice on_device(device_, name_);
     void* stream = nullptr;
     check(api.KernelContext_GetGPUComputeStream(context, &stream));
     {
@@ -277,21 +317,33 @@ class Kernel {
       }
     }
     const size_t bytes = cuda_workspace_bytes(*device_plan_, problem.tokens);
-    if (bytes == 0) return cuda_run(*device_plan_, problem, nullptr, 0, static_cast<CUstream_st*>(stream));
-
-    ort::MemoryInfo* place = nullptr;
-    check(api.CreateMemoryInfo("Cuda", AllocatorType::kDevice, 0, MemoryType::kDefault, &place));
-    const std::unique_ptr<ort::MemoryInfo, decltype(api.ReleaseMemoryInfo)> guard(place, api.ReleaseMemoryInfo);
-    ort::Allocator* allocator = nullptr;
-    check(api.KernelContext_GetAllocator(context, place, &allocator));
-    const std::unique_ptr<ort::Allocator, decltype(api.ReleaseAllocator)> owner(allocator, api.ReleaseAllocator);
-    // the provider's arena hands memory out again in stream order, so that it may go back while the kernel still runs
-    void* workspace = allocator->Alloc(allocator, bytes);
-    if (!workspace) return Status::kOutOfMemory;
-    const Status status = cuda_run(*device_plan_, problem, workspace, bytes, static_cast<CUstream_st*>(stream));
-    allocator->Free(allocator, workspace);
-    return status;
+    const std::unique_ptr<void, Scratch> workspace(bytes ? scratch(context, bytes) : nullptr, Scratch{allocator_.get()});
+    if (bytes && !workspace) return Status::kOutOfMemory;
+    return cuda_run(*device_plan_, problem, workspace.get(), bytes, static_cast<CUstream_st*>(stream));
   }
+
+  // Memory that the arena lends to this call's stream: given back while the kernel still runs, it goes to nobody but those who come
+  // after the kernel on the same stream. What the allocator itself hands out belongs to no stream, and goes to any.
+  void* scratch(const ort::KernelContext* context, size_t bytes) {
+    // Some versions let the arena's exception out of a function that must not throw, which ends the process. So a node whose need
+    // grows asks first where an exception can be caught.
+    if (bytes > most_scratch_) {
+      void* const trial = allocator_->Alloc(allocator_.get(), bytes);
+      if (!trial) return nullptr;
+      allocator_->Free(allocator_.get(), trial);
+      most_scratch_ = bytes;
+    }
+    void* memory = nullptr;
+    check(api.KernelContext_GetScratchBuffer(context, memory_, bytes, &memory));
+    return memory;
+  }
+  struct Scratch {
+    ort::Allocator* allocator;
+    void operator()(void* memory) const { allocator->Free(allocator, memory); }
+  };
+#else
+  Status run_cuda(ort::KernelContext*, const Problem&) { return Status::kUnavailable; }
+#endif
 
   struct Destroy {
     void operator()(Plan* plan) const { destroy_plan(plan); }
@@ -302,6 +354,11 @@ class Kernel {
   bool cuda_;
   int64_t entries_ = 0;
   std::unique_ptr<Plan, Destroy> plan_;
+  // with CUDA
+  std::unique_ptr<ort::Allocator, void (*)(ort::Allocator*) noexcept> allocator_{nullptr, nullptr};  // of the session's device
+  const ort::MemoryInfo* memory_ = nullptr;                                                          // what it hands out
+  int device_ = 0;
+  std::atomic<size_t> most_scratch_{0};  // that was ever got
   std::mutex mutex_;
   std::unique_ptr<DevicePlan, Destroy> device_plan_;
 };

@@ -9,7 +9,9 @@
 //     SDCT_PTX_RACES=0        leave out the check for races
 //     SDCT_PTX_SMS            multiprocessors that a device claims (132)
 //     SDCT_PTX_SHARED         bytes of shared memory that a block may ask for (232448)
-//     SDCT_PTX_DEVICES        how many devices there are (1)
+//     SDCT_PTX_DEVICES        how many devices there are (1); 0: none
+//
+// Memory and streams belong to the device that was current: another one's kernels fault on the memory and do not run on the stream.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -80,7 +82,7 @@ struct Module {
 struct Function {
   Module* module = nullptr;
   const Kernel* kernel = nullptr;
-  size_t most_shared = 48 << 10;
+  std::map<int, size_t> most_shared;  // by device
 };
 
 struct Launch {
@@ -88,6 +90,7 @@ struct Launch {
   Extent grid, block;
   std::vector<char> parameters;
   size_t shared = 0;
+  int device = 0;
 };
 
 // What a stream was told while it was captured.
@@ -98,6 +101,7 @@ struct Stream {
   bool blocking = true;  // takes turns with the default stream
   Graph* capture = nullptr;
   bool broken = false;  // something was called that must not be captured
+  int device = 0;
 };
 
 // A copy to the device from memory of the host, which CUDA may still be doing when the call returns: what runs on a stream that
@@ -123,6 +127,8 @@ struct Runtime {
   Totals totals{};
   std::string last_kernel;
   std::map<std::string, Cost> lines;  // by "file:line"
+  cudaError_t refusal = cudaSuccess;  // of the allocation after `granted` more
+  int granted = 0;
 };
 Runtime& runtime() {
   static auto* made = new Runtime;
@@ -176,7 +182,7 @@ cudaError_t run(const Launch& launch, Stream* stream) {
   const Kernel& kernel = *launch.function->kernel;
   const Program& program = *launch.function->module->program;
   try {
-    r.machine.run(program, kernel, launch.grid, launch.block, launch.parameters, launch.shared, r.checks);
+    r.machine.run(program, kernel, launch.grid, launch.block, launch.parameters, launch.shared, r.checks, launch.device);
   } catch (const Fault& fault) {
     return launch_failure(fault.what());
   }
@@ -262,10 +268,13 @@ PTX_EXPORT cudaError_t cudaLaunchKernel(const void* host, dim3 grid, dim3 block,
   if (!function.module->program) return launch_failure(function.module->failure);
   if (!function.kernel) return fail(cudaErrorInvalidDeviceFunction);
   const Kernel& kernel = *function.kernel;
-  Launch launch{&function, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, {}, shared};
+  Launch launch{&function, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, {}, shared, current_device};
+  if (stream && of<Stream>(stream)->device != current_device) return fail(cudaErrorInvalidResourceHandle);
   const uint64_t threads = launch.block.count();
+  const auto asked = function.most_shared.find(current_device);
+  const size_t most_shared = asked == function.most_shared.end() ? 48 << 10 : asked->second;
   if (threads == 0 || threads > kernel.max_threads || block.z > 64 || launch.grid.count() == 0 || grid.x > INT32_MAX ||
-      grid.y > 65535 || grid.z > 65535 || shared + kernel.shared_bytes > function.most_shared) {
+      grid.y > 65535 || grid.z > 65535 || shared + kernel.shared_bytes > most_shared) {
     return fail(cudaErrorInvalidConfiguration);
   }
   launch.parameters.resize(kernel.parameter_bytes);
@@ -295,7 +304,7 @@ PTX_EXPORT cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute 
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || value > setting("SDCT_PTX_SHARED", 232448)) {
     return fail(cudaErrorInvalidValue);
   }
-  found->second.most_shared = size_t(value);
+  found->second.most_shared[current_device] = size_t(value);
   return cudaSuccess;
 }
 
@@ -306,6 +315,7 @@ PTX_EXPORT cudaError_t cudaGetDeviceCount(int* count) {
   return cudaSuccess;
 }
 PTX_EXPORT cudaError_t cudaGetDevice(int* device) {
+  if (setting("SDCT_PTX_DEVICES", 1) == 0) return fail(cudaErrorNoDevice);
   *device = current_device;
   return cudaSuccess;
 }
@@ -360,7 +370,10 @@ PTX_EXPORT const char* cudaGetErrorString(cudaError_t error) {
     case cudaErrorInvalidValue: return "invalid argument";
     case cudaErrorMemoryAllocation: return "out of memory";
     case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+    case cudaErrorNoDevice: return "no CUDA-capable device is detected";
     case cudaErrorInvalidDevice: return "invalid device ordinal";
+    case cudaErrorInvalidResourceHandle: return "invalid resource handle";
+    case cudaErrorDevicesUnavailable: return "CUDA-capable device(s) is/are busy or unavailable";
     case cudaErrorInvalidDeviceFunction: return "invalid device function";
     case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
     case cudaErrorStreamCaptureInvalidated: return "operation failed due to a previous error during capture";
@@ -375,7 +388,12 @@ PTX_EXPORT cudaError_t cudaMalloc(void** pointer, size_t bytes) {
   if (breaks_capture()) return fail(cudaErrorStreamCaptureUnsupported);
   Runtime& r = runtime();
   const std::lock_guard<std::recursive_mutex> lock(r.mutex);
-  *pointer = bytes ? r.memory.allocate(bytes) : nullptr;
+  if (r.refusal != cudaSuccess && r.granted-- == 0) {
+    const cudaError_t refusal = r.refusal;
+    r.refusal = cudaSuccess;
+    return fail(refusal);
+  }
+  *pointer = bytes ? r.memory.allocate(bytes, current_device) : nullptr;
   return *pointer || !bytes ? cudaSuccess : fail(cudaErrorMemoryAllocation);
 }
 PTX_EXPORT cudaError_t cudaFree(void* pointer) {
@@ -443,6 +461,7 @@ PTX_EXPORT cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cu
 PTX_EXPORT cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
   auto* made = new Stream;
   made->blocking = !(flags & cudaStreamNonBlocking);
+  made->device = current_device;
   *stream = reinterpret_cast<cudaStream_t>(made);
   return cudaSuccess;
 }
@@ -536,6 +555,14 @@ PTX_EXPORT const char* sdct_ptx_run(const char* text, uint32_t blocks, uint32_t 
 PTX_EXPORT const char* sdct_ptx_instructions() {
   static const std::string names = list_entries();
   return names.c_str();
+}
+
+// The allocation after `granted` more fails with `error`.
+PTX_EXPORT void sdct_ptx_refuse_allocation(int error, int granted) {
+  Runtime& r = runtime();
+  const std::lock_guard<std::recursive_mutex> lock(r.mutex);
+  r.refusal = static_cast<cudaError_t>(error);
+  r.granted = granted;
 }
 
 // Starts counting anew; wavefronts and sectors where `costs`.

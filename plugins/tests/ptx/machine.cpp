@@ -53,13 +53,13 @@ uint32_t sectors(const uint64_t* addresses, uint32_t lanes) {
 
 }  // namespace
 
-void* Memory::allocate(size_t bytes) {
+void* Memory::allocate(size_t bytes, int device) {
   const size_t rounded = (bytes + 511) / 256 * 256;
   void* memory = std::aligned_alloc(256, rounded);
   if (!memory) return nullptr;
   std::memset(memory, 0xff, rounded);
   const auto address = reinterpret_cast<uint64_t>(memory);
-  allocations_[address] = {address, bytes, nullptr};
+  allocations_[address] = {address, bytes, device, nullptr};
   return memory;
 }
 
@@ -211,6 +211,11 @@ char* const* Warp::resolve(const Instruction& i, Operand address, bool write) {
         m.fault((write ? "write" : "read") + std::string(" of ") + number(i.size) + " bytes outside of device memory", i,
                 first_thread + lane, at);
       }
+    }
+    if (last->device != m.device_) {
+      m.fault((write ? "write" : "read") + std::string(" in memory of device ") + number(uint64_t(last->device)) + " on device " +
+                  number(uint64_t(m.device_)),
+              i, first_thread + lane, at);
     }
     at_[lane] = reinterpret_cast<char*>(at);
     if (!m.checks_.races) return;
@@ -393,12 +398,13 @@ bool Machine::pass_barriers() {
 }
 
 void Machine::run(const Program& program, const Kernel& kernel, Extent grid, Extent block, const std::vector<char>& parameters,
-                  size_t dynamic_shared, Checks checks) {
+                  size_t dynamic_shared, Checks checks, int device) {
   program_ = &program;
   kernel_ = &kernel;
   grid_ = grid, block_ = block;
   parameters_ = &parameters;
   checks_ = checks;
+  device_ = device;
   barriers_ = 0;
   costs_.assign(kernel.code.size(), {});
   last_.assign(kernel.code.size(), nullptr);

@@ -82,13 +82,14 @@ struct Shadow {
 struct Allocation {
   uint64_t address;
   size_t size;
+  int device;
   std::unique_ptr<Shadow> shadow;  // once a kernel has touched it
 };
 
 // Device memory: by address.
 class Memory {
  public:
-  void* allocate(size_t bytes);  // filled with NaNs; null where the machine has no more
+  void* allocate(size_t bytes, int device);  // filled with NaNs; null where the machine has no more
   bool release(void* pointer);   // false: nothing starts there
   size_t count() const { return allocations_.size(); }
   // What [address, address + size) lies in; null where it is in nothing.
@@ -158,7 +159,7 @@ class Machine {
   explicit Machine(Memory& memory) : memory_(memory) {}
   // Runs the whole grid. `parameters` is laid out as the kernel's PTX has it. Throws Fault.
   void run(const Program& program, const Kernel& kernel, Extent grid, Extent block, const std::vector<char>& parameters,
-           size_t dynamic_shared, Checks checks);
+           size_t dynamic_shared, Checks checks, int device = 0);
   // Of the last run: for each instruction, and the most barriers that a block met.
   const std::vector<Cost>& costs() const { return costs_; }
   uint64_t barriers() const { return barriers_; }
@@ -180,6 +181,7 @@ class Machine {
   Extent block_at_;
   const std::vector<char>* parameters_ = nullptr;
   Checks checks_;
+  int device_ = 0;
   std::vector<Cost> costs_;
   std::vector<Allocation*> last_;  // where an instruction's accesses fell before
   uint64_t launch_ = 0, block_index_ = 0, time_ = 0, barriers_ = 0;

@@ -1,4 +1,6 @@
-// Launching the kernel on a GPU.
+// Launching the kernel on a GPU. What is for the host alone is hidden from NVRTC, which compiles the kernels of toolchains whose nvcc
+// cannot be had (plugins/tests/toolchains.py).
+#if !defined(__CUDACC_RTC__)
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -7,20 +9,16 @@
 #include <mutex>
 #include <new>
 #include <utility>
+#endif
 
 #include "kernel.h"
 
+#if !defined(__grid_constant__)  // nvcc before 11.7
+#define __grid_constant__
+#endif
+
 namespace sdct {
 namespace {
-
-thread_local const char* last_error = "";
-
-bool failed(cudaError_t error) {
-  if (error == cudaSuccess) return false;
-  last_error = cudaGetErrorString(error);
-  static_cast<void>(cudaGetLastError());  // reported here; the host's own checks must not meet it again
-  return true;
-}
 
 // grid.x blocks share the tokens, grid.y blocks the projections. A block's threads are its teams' by their y.
 // kShared: working memory on chip, `tables` bytes of tables, and for every team its choices and buffers. Else the buffers are a
@@ -57,6 +55,22 @@ __global__ void __launch_bounds__(kDirect || !kShared ? kWideThreads : kBlockThr
     t = choice->token + int64_t(gridDim.x) * teams;
     choice = reinterpret_cast<kernel::Choice*>(own) + (choice == reinterpret_cast<kernel::Choice*>(own));
   }
+}
+
+}  // namespace
+}  // namespace sdct
+
+#if !defined(__CUDACC_RTC__)
+namespace sdct {
+namespace {
+
+thread_local const char* last_error = "";
+
+bool failed(cudaError_t error) {
+  if (error == cudaSuccess) return false;
+  last_error = cudaGetErrorString(error);
+  static_cast<void>(cudaGetLastError());  // reported here; the host's own checks must not meet it again
+  return true;
 }
 
 using Kernel = void (*)(KernelArgs, Complex*, int32_t, int32_t);
@@ -262,3 +276,4 @@ Status cuda_run(const DevicePlan& plan, const Problem& problem, void* workspace,
 }
 
 }  // namespace sdct
+#endif

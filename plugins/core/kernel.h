@@ -86,7 +86,7 @@ struct OddRoots<9> {
 template <int R>
 SDCT_DEVICE void dft(Complex (&u)[R]) {  // odd R
   constexpr int kHalf = (R - 1) / 2;
-  const OddRoots<R> roots;
+  const OddRoots<R> roots{};
   Complex sum[kHalf], difference[kHalf], out[R];
   out[0] = u[0];
   SDCT_UNROLL

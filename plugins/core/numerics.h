@@ -39,7 +39,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-inline uint32_t float_bits(float value) {
+SDCT_HOST_DEVICE uint32_t float_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
@@ -73,7 +73,7 @@ inline uint16_t float_to_half(float value) {
 
 inline float bfloat16_to_float(uint16_t b) { return bits_float(uint32_t(b) << 16); }
 
-inline uint16_t float_to_bfloat16(float value) {
+SDCT_HOST_DEVICE uint16_t float_to_bfloat16(float value) {
   const uint32_t bits = float_bits(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t(bits >> 16 | 0x40u);
   return uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
@@ -104,7 +104,7 @@ SDCT_HOST_DEVICE void from_float(float value, Half* out) {
 #endif
 }
 SDCT_HOST_DEVICE void from_float(float value, BFloat16* out) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800  // CUDA 11 has the conversion back from there on
   out->bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
 #else
   out->bits = float_to_bfloat16(value);

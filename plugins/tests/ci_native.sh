@@ -7,6 +7,7 @@
 #   build/threads    core and operator library under ThreadSanitizer, in many threads, without ONNX Runtime
 #   build/native     the same optimised; the rest of the test suite runs with the operator that .venv's installation built
 #   build/cuda       the GPU kernels, compiled only
+#   build/toolchains the kernels and both hosts with the oldest CUDA that can be had and the newest (toolchains.py)
 #   build/ptx        the GPU kernels and what launches them, executed on the CPU (ptx/ci.sh)
 #
 # The operator library is built from the project's own declarations. Those are compared with ONNX Runtime's real headers where
@@ -98,7 +99,7 @@ build build/native -DSDCT_CUDA=OFF
 check "" build/native tests/native/test_core.py tests/native/test_operator.py
 
 if command -v nvcc >/dev/null; then
-  build build/cuda -DSDCT_TESTS=OFF -DCMAKE_CUDA_ARCHITECTURES="${CUDA_ARCHITECTURES:-75-real;90a-real}"
+  build build/cuda -DSDCT_TESTS=OFF -DCMAKE_CUDA_ARCHITECTURES="${CUDA_ARCHITECTURES:-75-real;90-real}"
   # no register may spill to memory
   if grep -E '[1-9][0-9]* bytes spill' build/cuda/log; then
     echo "native: FAILED, a kernel spills registers"
@@ -107,5 +108,7 @@ if command -v nvcc >/dev/null; then
 else
   skip "the GPU kernels" "nvcc is missing"
 fi
+"$PYTHON" plugins/tests/toolchains.py --architectures ends 11.7 13.5 ||
+  { echo "native: FAILED, a CUDA toolchain does not compile the kernels or a host as it should"; exit 1; }
 
 PYTHON=$PYTHON JOBS=$JOBS plugins/tests/ptx/ci.sh

@@ -58,12 +58,11 @@ def is_stand_in(folder: Path) -> bool:
 
 
 def _architecture() -> str:
-    """What CMake calls the GPU of this machine, with the instructions that only its generation has."""
+    """What CMake calls the GPU of this machine."""
     found = cuda_driver.gpu()
     if found.why:
         raise Missing(f"no GPU here: {found.why}")
-    number = 10 * found.capability[0] + found.capability[1]
-    return f"{number}{'a' if number >= 90 else ''}-real"
+    return f"{10 * found.capability[0] + found.capability[1]}-real"
 
 
 class _Shape(ctypes.Structure):

@@ -97,6 +97,11 @@ void expect_last(std::string const& name, Extents const& found, int64_t last) {
   }
 }
 
+// Why the core did not do something.
+std::string reason(Status status) {
+  return status_text(status) + (status == Status::kCuda ? std::string(": ") + cuda_error() : std::string());
+}
+
 DataType core_type(nvinfer1::DataType type) {
   switch (type) {
     case nvinfer1::DataType::kFLOAT:
@@ -326,6 +331,7 @@ DevicePlan const& Kernels::device_plan() {
   int device = 0;
   cudaError_t const error = cudaGetDevice(&device);
   if (error != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());  // reported here; the host's own checks must not meet it again
     refuse(std::string("no CUDA device: ") + cudaGetErrorString(error));
   }
   std::lock_guard<std::mutex> const lock(mutex_);
@@ -334,10 +340,11 @@ DevicePlan const& Kernels::device_plan() {
       return *device_plan;
     }
   }
+  device_plans_.reserve(device_plans_.size() + 1);  // nothing may fail between preparing and keeping
   DevicePlan* prepared = nullptr;
   Status const status = cuda_prepare(*plan_, &prepared);
   if (status != Status::kOk) {
-    refuse("cannot prepare device " + std::to_string(device) + ": " + status_text(status) + " " + cuda_error());
+    refuse("cannot prepare device " + std::to_string(device) + ": " + reason(status));
   }
   device_plans_.emplace_back(device, prepared);
   return *prepared;
@@ -376,7 +383,7 @@ void run(Kernels& kernels, nvinfer1::PluginTensorDesc const* input_descs, nvinfe
   size_t const bytes = cuda_workspace_bytes(device_plan, sizes.tokens);
   Status const status = cuda_run(device_plan, problem, bytes ? workspace : nullptr, bytes, stream);
   if (status != Status::kOk) {
-    refuse(std::string("the kernel was not launched: ") + status_text(status) + " " + cuda_error());
+    refuse("the kernel was not launched: " + reason(status));
   }
 }
 

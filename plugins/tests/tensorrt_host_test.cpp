@@ -3,11 +3,13 @@
 #include <NvInfer.h>
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "expected.h"
@@ -456,13 +458,30 @@ void check_running(Plugin* plugin, bool gpu) {
 }
 
 // Where the library is linked against the stand-in for the CUDA runtime (ptx/README.md), its launch code and kernels run, too.
-void check_numbers(Plugin* plugin, void* library) {
-  auto const device_malloc = reinterpret_cast<int (*)(void**, size_t)>(dlsym(library, "cudaMalloc"));
-  auto const device_copy = reinterpret_cast<int (*)(void*, void const*, size_t, int)>(dlsym(library, "cudaMemcpy"));
-  auto const device_free = reinterpret_cast<int (*)(void*)>(dlsym(library, "cudaFree"));
-  if (!device_malloc || !dlsym(library, "sdct_ptx_run")) {
-    return;
+struct Cuda {
+  explicit Cuda(void* library) {
+    find(library, "cudaMalloc", &allocate);
+    find(library, "cudaMemcpy", &copy);
+    find(library, "cudaFree", &release);
+    find(library, "cudaSetDevice", &set_device);
+    find(library, "cudaGetDevice", &get_device);
+    find(library, "cudaGetLastError", &last_error);
+    find(library, "sdct_ptx_refuse_allocation", &refuse_allocation);
   }
+  template <typename Function>
+  static void find(void* library, char const* name, Function** out) {
+    *out = reinterpret_cast<Function*>(dlsym(library, name));
+  }
+  int (*allocate)(void**, size_t);
+  int (*copy)(void*, void const*, size_t, int);
+  int (*release)(void*);
+  int (*set_device)(int);
+  int (*get_device)(int*);
+  int (*last_error)();
+  void (*refuse_allocation)(int error, int granted);  // null where there is a GPU, or nothing
+};
+
+void check_numbers(Plugin* plugin, Cuda const& cuda) {
   expected::Call const call(64, {64, 32}, {7, 3}, 5);
   Node node;
   node.in = {{1, 5, 64}, {1, 2}, {1, 2}, {3, 10}, {3, 10, 2}, {1, 5, 64}, {1, 5, 32}};
@@ -470,7 +489,7 @@ void check_numbers(Plugin* plugin, void* library) {
   std::vector<void*> owned;
   auto const on_device = [&](void const* host, size_t bytes) {
     void* memory = nullptr;
-    CHECK(device_malloc(&memory, bytes) == 0 && device_copy(memory, host, bytes, 1) == 0);
+    CHECK(cuda.allocate(&memory, bytes) == 0 && cuda.copy(memory, host, bytes, 1) == 0);
     owned.push_back(memory);
     return memory;
   };
@@ -486,15 +505,48 @@ void check_numbers(Plugin* plugin, void* library) {
     }
     CHECK(enqueue(plugin, node.descs(), in, out) == 0);
     for (size_t j = 0; j < 2; ++j) {
-      CHECK(device_copy(got[j].data(), out[j], got[j].size() * 4, 2) == 0);
+      CHECK(cuda.copy(got[j].data(), out[j], got[j].size() * 4, 2) == 0);
       CHECK(call.error(j, got[j]) < 1e-4);
     }
   }
   in[0] = call.x.data();  // memory of the host
   CHECK_REFUSED(enqueue(plugin, node.descs(), in, out) != 0, "outside of device memory");
+  CHECK(cuda.last_error() == 0);  // whoever looks next must not meet it
   for (void* memory : owned) {
-    device_free(memory);
+    cuda.release(memory);
   }
+}
+
+// A node whose transforms do not fit on chip, and whose lengths no other node has.
+Node long_node(int32_t length) {
+  Node node;
+  node.d_in = {length};
+  node.in[0][2] = length;
+  return node;
+}
+
+void check_failures(Creator* creator, Cuda const& cuda) {
+  void const* in[7] = {};
+  void* out[2] = {};
+  int place = 0;  // never looked at
+  std::fill(std::begin(in), std::end(in), &place);
+  std::fill(std::begin(out), std::end(out), &place);
+  Node const node = long_node(65536);
+  Plugin* plugin = create(creator, node.fields());
+  for (auto const& [error, text] : {std::pair<int, char const*>{2, "cannot prepare device 0: out of memory"},
+                                    {46, "cannot prepare device 0: a CUDA call failed: CUDA-capable device(s) is/are busy"}}) {
+    cuda.refuse_allocation(error, 0);
+    CHECK_REFUSED(enqueue(plugin, node.descs(), in, out) != 0, text);
+    CHECK(cuda.last_error() == 0);
+  }
+  CHECK_REFUSED(enqueue(plugin, node.descs(), in, out) != 0,  // and no word of what failed before
+                "the kernel was not launched: the device workspace is missing, too small or not aligned to 16 bytes\n");
+
+  setenv("SDCT_PTX_DEVICES", "0", 1);
+  CHECK_REFUSED(enqueue(plugin, node.descs(), in, out) != 0, "no CUDA device: no CUDA-capable device is detected");
+  CHECK(cuda.last_error() == 0);
+  unsetenv("SDCT_PTX_DEVICES");
+  destroy(plugin);
 }
 
 }  // namespace
@@ -536,7 +588,20 @@ int main(int argc, char** argv) {
   check_shapes(plugin);
   check_interface(creator, plugin, Node());
   check_running(plugin, std::getenv("SDCT_TEST_GPU") != nullptr);
-  check_numbers(plugin, library);
+  Cuda const cuda(library);
+  if (cuda.refuse_allocation) {
+    setenv("SDCT_PTX_DEVICES", "2", 1);
+    for (int device : {0, 1, 0}) {  // a context on each, and clones share the kernels
+      auto* other = static_cast<Plugin*>(plugin->clone());
+      int after = -1;
+      CHECK(cuda.set_device(device) == 0);
+      check_numbers(other, cuda);
+      CHECK(cuda.get_device(&after) == 0 && after == device);
+      destroy(other);
+    }
+    unsetenv("SDCT_PTX_DEVICES");
+    check_failures(creator, cuda);
+  }
   destroy(plugin);
   std::printf("TensorRT %d.%d: %d checks, %d failed\n", NV_TENSORRT_MAJOR, NV_TENSORRT_MINOR, g_checks, g_failures);
   return g_failures != 0;

@@ -73,6 +73,10 @@ bool failed(cudaError_t error) {
   return true;
 }
 
+// Blocks that work in global memory at once: about two for each multiprocessor of a large GPU. The same number on every GPU, because
+// TensorRT asks for the workspace where it builds an engine, and runs the engine on others of the same kind.
+constexpr int64_t kSlices = 256;
+
 using Kernel = void (*)(KernelArgs, Complex*, int32_t, int32_t);
 
 template <class T>
@@ -150,6 +154,7 @@ class DevicePlan {
   }
   const Blocks& blocks(int64_t tokens) const { return tokens <= 2 * int64_t(multiprocessors) ? few : many; }
   int64_t grid(int64_t tokens) const {
+    if (!shared) return std::min(tokens, kSlices);
     const Blocks& b = blocks(tokens);
     return std::min<int64_t>((tokens + b.teams - 1) / b.teams, int64_t(multiprocessors) * b.resident);
   }

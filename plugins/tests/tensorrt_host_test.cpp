@@ -162,6 +162,10 @@ bool infers(Plugin* p, nvinfer1::DimsExprs const* in, int32_t inputs, nvinfer1::
 int32_t enqueue(Plugin* p, std::vector<PluginTensorDesc> const& descs, void const* const* in, void* const* out) {
   return runtime(p)->enqueue(descs.data(), descs.data() + 7, in, out, nullptr, nullptr);
 }
+size_t workspace(Plugin* p, Node const& node) {
+  auto const all = node.dynamic();
+  return build(p)->getWorkspaceSize(all.data(), 7, all.data() + 7, 2);
+}
 int32_t outputs(Plugin* p) { return build(p)->getNbOutputs(); }
 
 void check_interface(Creator* creator, Plugin* plugin, Node const& node) {
@@ -241,6 +245,10 @@ bool infers(Plugin* p, nvinfer1::DimsExprs const* in, int32_t inputs, nvinfer1::
 }
 int32_t enqueue(Plugin* p, std::vector<PluginTensorDesc> const& descs, void const* const* in, void* const* out) {
   return p->enqueue(descs.data(), descs.data() + 7, in, out, nullptr, nullptr);
+}
+size_t workspace(Plugin* p, Node const& node) {
+  auto const descs = node.descs();
+  return p->getWorkspaceSize(descs.data(), 7, descs.data() + 7, 2);
 }
 int32_t outputs(Plugin* p) { return p->getNbOutputs(); }
 
@@ -549,6 +557,21 @@ void check_failures(Creator* creator, Cuda const& cuda) {
   destroy(plugin);
 }
 
+// An engine keeps the workspace it was built with, and may run on a larger GPU of the same kind.
+void check_workspace(Creator* creator) {
+  Node node = long_node(65536);
+  node.in[0][1] = node.in[5][1] = node.in[6][1] = node.out[0][1] = node.out[1][1] = 1000;
+  size_t sizes[2];
+  for (int k = 0; k < 2; ++k) {
+    setenv("SDCT_PTX_SMS", k ? "160" : "8", 1);
+    Plugin* plugin = create(creator, node.fields());
+    sizes[k] = workspace(plugin, node);
+    destroy(plugin);
+  }
+  unsetenv("SDCT_PTX_SMS");
+  CHECK(sizes[0] > 0 && sizes[0] == sizes[1]);
+}
+
 }  // namespace
 
 // What TensorRT exports; the library finds it by name.
@@ -601,6 +624,7 @@ int main(int argc, char** argv) {
     }
     unsetenv("SDCT_PTX_DEVICES");
     check_failures(creator, cuda);
+    check_workspace(creator);
   }
   destroy(plugin);
   std::printf("TensorRT %d.%d: %d checks, %d failed\n", NV_TENSORRT_MAJOR, NV_TENSORRT_MINOR, g_checks, g_failures);

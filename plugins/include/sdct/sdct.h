@@ -107,7 +107,7 @@ Status cuda_prepare(const Plan& plan, DevicePlan** device_plan) noexcept;
 void cuda_release(DevicePlan* device_plan) noexcept;  // null is fine; call with no kernel of it in flight
 
 // Bytes of device workspace cuda_run needs for up to `tokens` tokens. 0 wherever the transforms fit in shared memory, as for
-// every size in use; longer ones run in global memory.
+// every size in use; longer ones run in global memory. The same on all GPUs with the same limit of shared memory.
 size_t cuda_workspace_bytes(const DevicePlan& device_plan, int64_t tokens) noexcept;
 
 // Launches on `stream`; the device of cuda_prepare must be current. `workspace`: cuda_workspace_bytes(.., problem.tokens) bytes,

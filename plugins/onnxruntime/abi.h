@@ -21,6 +21,7 @@ constexpr uint32_t kApi = 18;
 constexpr size_t kApiEntries = 280;  // in the table of ONNX Runtime 1.18
 
 // --- types only pointers to which are passed around ---------------------------------------------------------------------------
+struct Allocator;  // its own functions may throw, the table's do not
 struct CustomOpDomain;
 struct KernelContext;
 struct KernelInfo;
@@ -39,13 +40,6 @@ enum class MemoryType : int { kDefault = 0 };
 enum class Characteristic : int { kRequired = 0, kVariadic = 2 };
 
 // --- structures ----------------------------------------------------------------------------------------------------------------
-// The head of an allocator; newer runtimes append to it.
-struct Allocator {
-  uint32_t version;
-  void* (*Alloc)(Allocator* self, size_t size);
-  void (*Free)(Allocator* self, void* block);
-};
-
 // What the runtime passes to RegisterCustomOps.
 struct ApiBase {
   const Table* (*GetApi)(uint32_t version) noexcept;
@@ -100,6 +94,8 @@ struct CustomOp {
   X(62, Status*, GetDimensions, (const TensorInfo*, int64_t* dims, size_t rank))                                             \
   X(65, Status*, GetTensorTypeAndShape, (const Value*, TensorInfo**))                                                        \
   X(72, Status*, MemoryInfoGetId, (const MemoryInfo*, int* id))                                                              \
+  X(75, Status*, AllocatorAlloc, (Allocator*, size_t, void** memory))                                                        \
+  X(76, Status*, AllocatorFree, (Allocator*, void* memory))                                                                  \
   X(77, Status*, AllocatorGetInfo, (const Allocator*, const MemoryInfo**))                                                   \
   X(86, Status*, KernelInfoGetAttribute_int64, (const KernelInfo*, const char* name, int64_t*))                              \
   X(90, Status*, KernelContext_GetInput, (const KernelContext*, size_t index, const Value**))                                \

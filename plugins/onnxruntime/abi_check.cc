@@ -109,10 +109,6 @@ static_assert(ORT_API_VERSION == ours::kApi ? sizeof(ours::CustomOp) == sizeof(:
               "OrtCustomOp has other members in version 18");
 static_assert(alignof(ours::CustomOp) == alignof(::OrtCustomOp));
 
-SDCT_MEMBER(Allocator, OrtAllocator, version)
-SDCT_MEMBER(Allocator, OrtAllocator, Alloc)
-SDCT_MEMBER(Allocator, OrtAllocator, Free)
-
 SDCT_MEMBER(ApiBase, OrtApiBase, GetApi)
 SDCT_MEMBER(ApiBase, OrtApiBase, GetVersionString)
 static_assert(sizeof(ours::ApiBase) == sizeof(::OrtApiBase), "OrtApiBase has other members");

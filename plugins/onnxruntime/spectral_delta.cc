@@ -317,29 +317,31 @@ class Kernel {
       }
     }
     const size_t bytes = cuda_workspace_bytes(*device_plan_, problem.tokens);
-    const std::unique_ptr<void, Scratch> workspace(bytes ? scratch(context, bytes) : nullptr, Scratch{allocator_.get()});
+    const std::unique_ptr<void, Scratch> workspace(bytes ? scratch(context, stream, bytes) : nullptr, Scratch{allocator_.get()});
     if (bytes && !workspace) return Status::kOutOfMemory;
     return cuda_run(*device_plan_, problem, workspace.get(), bytes, static_cast<CUstream_st*>(stream));
   }
 
   // Memory that the arena lends to this call's stream: given back while the kernel still runs, it goes to nobody but those who come
   // after the kernel on the same stream. What the allocator itself hands out belongs to no stream, and goes to any.
-  void* scratch(const ort::KernelContext* context, size_t bytes) {
-    // Some versions let the arena's exception out of a function that must not throw, which ends the process. So a node whose need
-    // grows asks first where an exception can be caught.
+  // Without a stream, which 1.18 does not survive there, everything runs in the order of the default one.
+  void* scratch(const ort::KernelContext* context, void* stream, size_t bytes) {
+    // A full arena's exception leaves this function, which must not throw: the process would end. So a node whose need grows asks
+    // first where it comes back as a status.
     if (bytes > most_scratch_) {
-      void* const trial = allocator_->Alloc(allocator_.get(), bytes);
-      if (!trial) return nullptr;
-      allocator_->Free(allocator_.get(), trial);
+      void* trial = nullptr;
+      check(api.AllocatorAlloc(allocator_.get(), bytes, &trial));
+      check(api.AllocatorFree(allocator_.get(), trial));
       most_scratch_ = bytes;
     }
     void* memory = nullptr;
-    check(api.KernelContext_GetScratchBuffer(context, memory_, bytes, &memory));
+    check(stream ? api.KernelContext_GetScratchBuffer(context, memory_, bytes, &memory)
+                 : api.AllocatorAlloc(allocator_.get(), bytes, &memory));
     return memory;
   }
   struct Scratch {
     ort::Allocator* allocator;
-    void operator()(void* memory) const { allocator->Free(allocator, memory); }
+    void operator()(void* memory) const { static_cast<void>(api.AllocatorFree(allocator, memory)); }  // always null
   };
 #else
   Status run_cuda(ort::KernelContext*, const Problem&) { return Status::kUnavailable; }

@@ -53,7 +53,7 @@ mistakes=(
   'a member of the operator less' 's/  X\(void, KernelCompute,[^\n]*\n//'
   'the signature of a member of the operator' 's/(CreateKernelV2, \(const CustomOp\*, const Table\*, const KernelInfo\*), void\*\*/\1, void*/'
   'a wider version of the operator' 's/(struct CustomOp \{\n  )uint32_t/\1uint64_t/'
-  'the members of the allocator swapped' 's/(  void\* \(\*Alloc\)[^\n]*\n)(  void \(\*Free\)[^\n]*\n)/\2\1/'
+  'two functions of the allocator swapped' 's/X\(75, ([^(]*)AllocatorAlloc,([^\n]*\n *)X\(76,/X(76, \1AllocatorAlloc,\2X(75,/'
   'the members of the base swapped' 's/(  const Table\* \(\*GetApi\)[^\n]*\n)(  const char\* \(\*GetVersionString\)[^\n]*\n)/\2\1/'
   'a longer table' 's/kApiEntries = 280/kApiEntries = 9999/'
 )

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -37,6 +38,7 @@ struct TensorInfo {
 struct MemoryInfo {
   int device;
 };
+struct Allocator {};
 struct KernelInfo {
   std::map<std::string, std::vector<int64_t>> attributes;
   size_t inputs, outputs;
@@ -82,11 +84,7 @@ struct Arena : Allocator {
     void* stream;
     bool used;
   };
-  explicit Arena(int device) : info{device} {
-    version = kApi;
-    Alloc = [](Allocator* self, size_t size) { return static_cast<Arena*>(self)->get(size, nullptr); };
-    Free = [](Allocator* self, void* memory) { static_cast<Arena*>(self)->give_back(memory); };
-  }
+  explicit Arena(int device) : info{device} {}
   void* get(size_t size, void* stream) {
     const std::lock_guard<std::mutex> lock(mutex);
     if (size > most) throw std::runtime_error("the arena is full");
@@ -178,6 +176,18 @@ void make_table() {
     return nullptr;
   });
   offer(kReleaseAllocator, +[](Allocator* allocator) { --static_cast<Arena*>(allocator)->holders; });
+  offer(kAllocatorAlloc, +[](Allocator* allocator, size_t size, void** memory) noexcept -> Status* {
+    try {
+      *memory = static_cast<Arena*>(allocator)->get(size, nullptr);
+      return nullptr;
+    } catch (const std::exception& error) {
+      return new Status{ErrorCode::kRuntimeException, error.what()};
+    }
+  });
+  offer(kAllocatorFree, +[](Allocator* allocator, void* memory) -> Status* {
+    static_cast<Arena*>(allocator)->give_back(memory);
+    return nullptr;
+  });
   offer(kAllocatorGetInfo, +[](const Allocator* allocator, const MemoryInfo** out) -> Status* {
     *out = &static_cast<const Arena*>(allocator)->info;
     return nullptr;
@@ -186,9 +196,10 @@ void make_table() {
     *id = info->device;
     return nullptr;
   });
-  // in ONNX Runtime 1.18 it ends the process where the arena is full
+  // like ONNX Runtime's it ends the process where the arena is full (1.23 and 1.32) or there is no stream (1.18)
   offer(kKernelContext_GetScratchBuffer,
         +[](const KernelContext* context, const MemoryInfo* info, size_t bytes, void** memory) noexcept -> Status* {
+          if (!context->stream) std::terminate();
           if (info->device != context->device) return new Status{ErrorCode::kInvalidArgument, "No requested allocator available"};
           *memory = g_arenas.at(size_t(info->device))->get(bytes, context->stream);
           return nullptr;
@@ -249,15 +260,15 @@ class Node {
   }
 
   // What it says on a stream of its device, null where all is well; the results are those of float64.
-  // `x_on_host`: the kernel must not read x.
-  std::unique_ptr<Status> run(bool in_place = false, bool x_on_host = false) {
+  // `x_on_host`: the kernel must not read x. `streamless`: the runtime names no stream.
+  std::unique_ptr<Status> run(bool in_place = false, bool x_on_host = false, bool streamless = false) {
     int before = 0, after = 0;
     require(cudaGetDevice(&before));
     require(cudaSetDevice(device_));
     std::vector<void*> owned;
     cudaStream_t stream = nullptr;
     require(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-    KernelContext context{{}, {}, stream, device_};
+    KernelContext context{{}, {}, streamless ? nullptr : stream, device_};
     void* x = x_on_host ? const_cast<float*>(call_.x.data()) : on_device(call_.x, &owned);
     context.inputs = {{ElementType::kFloat, {1, call_.tokens, call_.d_in}, x},
                       {ElementType::kInt32, {1, 2}, on_device(call_.ids, &owned)},
@@ -276,7 +287,7 @@ class Node {
     CHECK(cudaGetLastError() == cudaSuccess);
     CHECK(g_arenas[size_t(device_)]->idle());
     if (!status) {
-      require(cudaStreamSynchronize(stream));
+      require(streamless ? cudaDeviceSynchronize() : cudaStreamSynchronize(stream));
       for (size_t j = 0; j < call_.d_out.size(); ++j) {
         std::vector<float> got(call_.y[j].size());
         require(cudaMemcpy(got.data(), context.outputs[j].data, got.size() * sizeof(float), cudaMemcpyDeviceToHost));
@@ -340,6 +351,7 @@ void check_workspace(const CustomOp* op, int device) {
   well(node.run());  // on another stream, while the first may still be at work
   CHECK(arena.pieces.size() == 2 && arena.pieces[0].stream && arena.pieces[1].stream &&
         arena.pieces[0].stream != arena.pieces[1].stream);
+  well(node.run(false, false, true));
   node.end_run();
   arena.most = 1000;
   Node poor(op, call, device);

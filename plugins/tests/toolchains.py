@@ -54,6 +54,11 @@ STANDARD = b"""
 typedef signed char int8_t; typedef unsigned char uint8_t; typedef short int16_t; typedef unsigned short uint16_t;
 typedef int int32_t; typedef unsigned uint32_t; typedef long long int64_t; typedef unsigned long long uint64_t;
 typedef unsigned long uintptr_t;
+#define INT16_MAX 0x7fff
+#define UINT16_MAX 0xffff
+#define INT32_MAX 0x7fffffff
+#define UINT32_MAX 0xffffffffu
+#define INT64_MAX 0x7fffffffffffffffll
 namespace std {
 using ::size_t;
 using ::memcpy;
@@ -64,18 +69,24 @@ template <class T> class shared_ptr {};
 """
 STANDARD_HEADERS = ("cstddef", "cstdint", "cstring", "memory", "vector")
 
-# What nvcc gives the host's compiler, for g++.
+# What nvcc gives the host's compiler, for g++, which only has to see that the host's half is right.
 HOST = """
 #include <cuda_runtime.h>
 #include <device_launch_parameters.h>
 #undef __launch_bounds__
 #define __launch_bounds__(...)
-void __syncthreads();
+template <class T, class... More> T __shfl_sync(unsigned, T, More...);
+template <class T, class... More> T __shfl_up_sync(unsigned, T, More...);
+template <class T, class... More> T __shfl_down_sync(unsigned, T, More...);
+template <class T, class... More> T __shfl_xor_sync(unsigned, T, More...);
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
 }
 """
+# and for each other function that only a GPU has
+GPU_FUNCTION = "int {0}();\ntemplate <class T, class... More> T {0}(T, More...);\n"
+NO_GPU_FUNCTION = r"__(shfl\w*|launch_bounds__|align__|attribute__|builtin_\w*)"
 
 
 class Failed(Exception):
@@ -150,7 +161,11 @@ def no_spills(said: str, kernels: int) -> int:
     if len(registers) < kernels or len(frames) < kernels:
         raise Failed(f"ptxas told of {len(registers)} kernels, expected {kernels}: {said[:2000]}")
     if any(frame != ("0", "0", "0") for frame in frames):
-        raise Failed(f"a kernel spills registers, or has its arguments copied to its stack:\n{said}")
+        lines = [
+            line for line in said.splitlines() if re.search(r"Compiling entry|[1-9]\d* bytes (stack|spill)", line)
+        ]
+        listed = "\n".join(lines)
+        raise Failed(f"a kernel spills registers, or has its arguments copied to its stack:\n{listed}")
     return max(registers)
 
 
@@ -243,8 +258,11 @@ def compile_hosts(include: list[Path], tensorrt: list[Path], work: Path, core: b
     flags += [f"-I{PLUGINS}/include"] + [part for path in include for part in ("-isystem", path)]
     done = []
     if core:
-        (work / "host.h").write_text(HOST)
-        run([CXX, *flags, "-Wno-attributes", "-include", work / "host.h", "-x", "c++", PLUGINS / "core/cuda.cu"])
+        text = "".join((PLUGINS / "core" / name).read_text() for name in ("kernel.h", "cuda.cu"))
+        names = {name for name in re.findall(r"\b(__\w+)\s*\(", text) if not re.fullmatch(NO_GPU_FUNCTION, name)}
+        (work / "host.h").write_text(HOST + "".join(map(GPU_FUNCTION.format, sorted(names))))
+        quiet = ["-Wno-attributes", "-Wno-unknown-pragmas", "-fsyntax-only"]  # it cannot assemble what is for the GPU
+        run([CXX, *flags, *quiet, "-include", work / "host.h", "-x", "c++", PLUGINS / "core/cuda.cu"])
         done.append("the core's host half")
     run([CXX, *flags, PLUGINS / "onnxruntime/spectral_delta.cc"])
     done.append("ONNX Runtime's host")

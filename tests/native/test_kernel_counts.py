@@ -70,6 +70,8 @@ def test_the_model_of_time(kernel_counts: ModuleType) -> None:
     assert model(sectors=16 * 100000) == pytest.approx(13200 * 100000 * 32 / 5.5e6)
     assert model(data=1e6) == pytest.approx(13200 * 1e6 / 4.8e6)
     assert model(tokens=13201, instructions=16 * 40000) == pytest.approx(101 * 40000 / 4 / 1755)  # one has one more
-    decode = {"tokens": 1, "blocks": 2}  # each has a multiprocessor
-    assert model(1, **decode, barriers=10) == pytest.approx(10 * 500 / 1755)
-    assert model(1, **decode, instructions=80000) == pytest.approx(40000 / 4 / 1755)
+    # decode: each block has a multiprocessor
+    decode = counted | {"tokens": 1, "blocks": 2}
+    for changes, cycles in (({"barriers": 10}, 10 * 500), ({"instructions": 80000}, 40000 / 4)):
+        us = kernel_counts.model_us(h200, decode | changes, 1, 0.0)
+        assert us - kernel_counts.LAUNCH_US == pytest.approx(cycles / 1755)

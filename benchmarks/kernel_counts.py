@@ -135,7 +135,7 @@ class Counter:
 
 def plain(kernel: str) -> str:
     """A kernel's name without what differs between two runs of nvcc."""
-    return re.sub(r"\d+_GLOBAL__N__[0-9a-f]{8}_\d+_\w+?_cu_[0-9a-f]{8}", "", kernel)
+    return re.sub(r"\d+_GLOBAL__N__\w+?(?=14spectral_delta)", "", kernel)
 
 
 def nvcc_of(folder: Path) -> str:

@@ -9,6 +9,7 @@
 #include <mutex>
 #include <new>
 #include <utility>
+#include <vector>
 #endif
 
 #include "kernel.h"
@@ -35,12 +36,11 @@ __global__ void __launch_bounds__(kDirect || !kShared ? kWideThreads : kBlockThr
       auto* to = reinterpret_cast<uint4*>(shared + t.shared_table);
       for (int32_t i = thread; i < t.table_bytes / 16; i += teams * team.threads()) to[i] = from[i];
     };
-    int32_t copied = 0;  // projections of one length share a copy
     for (int32_t j = -1; j < args.projections; ++j) {
       const Transform& t = j < 0 ? args.in : args.out[j];
-      if (t.shared_table < copied) continue;
-      copy(t);
-      copied = t.shared_table + t.table_bytes;
+      bool mine = t.shared_table >= 0;  // transforms of one length share a copy
+      for (int32_t k = -1; k < j; ++k) mine = mine && (k < 0 ? args.in : args.out[k]).n != t.n;
+      if (mine) copy(t);
     }
     __syncthreads();
   }
@@ -163,17 +163,34 @@ class DevicePlan {
 
 namespace {
 
-// The tables that a block has in shared memory: one copy of each length.
-int32_t place_tables(KernelArgs* args) {
-  int32_t bytes = args->in.table_bytes;
-  for (int32_t j = 0; j < args->projections; ++j) {
-    Transform& t = args->out[j];
-    const Transform* same = t.n == args->in.n ? &args->in : nullptr;
-    for (int32_t k = 0; k < j && !same; ++k) same = args->out[k].n == t.n ? &args->out[k] : nullptr;
-    t.shared_table = same ? same->shared_table : bytes;
-    bytes += same ? 0 : t.table_bytes;
+// Chooses the lengths whose tables get a copy in `room` bytes of shared memory: those first that are read most. Gives the bytes
+// taken, and which share of what a token reads of tables is then there.
+struct Placed {
+  int32_t bytes;
+  double share;
+};
+Placed place_tables(KernelArgs* args, int32_t room) {
+  struct Length {
+    std::vector<Transform*> uses;
+    int64_t reads() const { return int64_t(uses.size()) * uses[0]->table_bytes; }
+  };
+  std::map<int32_t, Length> by_length;
+  by_length[args->in.n].uses.push_back(&args->in);
+  for (int32_t j = 0; j < args->projections; ++j) by_length[args->out[j].n].uses.push_back(&args->out[j]);
+  std::vector<Length> lengths;
+  for (const auto& [n, length] : by_length) lengths.push_back(length);
+  std::stable_sort(lengths.begin(), lengths.end(), [](const Length& a, const Length& b) { return a.reads() > b.reads(); });
+  int32_t bytes = 0;
+  double here = 0, all = 0;
+  for (const Length& length : lengths) {
+    const bool fits = bytes + length.uses[0]->table_bytes <= room;
+    for (Transform* t : length.uses) t->shared_table = fits ? bytes : -1;
+    all += double(length.reads());
+    if (!fits) continue;
+    here += double(length.reads());
+    bytes += length.uses[0]->table_bytes;
   }
-  return bytes;
+  return {bytes, here / all};
 }
 
 // How many blocks a multiprocessor holds; 0 where one is too many.
@@ -211,7 +228,6 @@ Status cuda_prepare(const Plan& plan, DevicePlan** device_plan) noexcept {
       if (status != Status::kOk) return status;
       args.out[j] = plan.out[j]->view(made->out[j]->memory);
     }
-    args.table_bytes = place_tables(&args);
     const auto use = [&](bool shared) {
       made->shared = shared;
       made->most_threads = args.direct || !shared ? kWideThreads : kBlockThreads;
@@ -223,16 +239,24 @@ Status cuda_prepare(const Plan& plan, DevicePlan** device_plan) noexcept {
     use(true);
     if (fits(made->few) == 0) use(false);
     made->few.resident = fits(made->few);
-    // as many teams on a multiprocessor as can be; with tables on chip at half of that too, since these are read for every token
+    // as many teams on a multiprocessor as can be, where tables on chip, which are read for every token, are worth as much again
     made->many = made->few;
+    double best = 0;
+    int32_t best_room = 0;
     for (int32_t teams = 1; made->shared && teams * made->team_threads <= made->most_threads; ++teams) {
-      for (const int32_t tables : {0, args.table_bytes}) {
-        Blocks b{teams, tables, 1};
+      Blocks b{teams, 0, 1};
+      const int32_t room = std::max(most_shared - made->shared_bytes(b), 0);
+      for (const int32_t use_of_it : {0, room}) {
+        const Placed placed = place_tables(&args, use_of_it);
+        b.tables = placed.bytes;
         b.resident = fits(b);
-        const auto worth = [](const Blocks& c) { return c.teams * c.resident * (c.tables ? 2 : 1); };
-        if (b.resident > 0 && worth(b) >= worth(made->many)) made->many = b;
+        const double worth = b.teams * b.resident * (1 + placed.share);
+        if (worth < best) continue;
+        best = worth, best_room = use_of_it;
+        made->many = b;
       }
     }
+    place_tables(&args, best_room);
     if (made->shared) {
       for (const DataType type : {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16}) {
         if (failed(cudaFuncSetAttribute(kernel_of(type, true, args.direct), cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared))) {

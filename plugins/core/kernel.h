@@ -876,7 +876,7 @@ struct Working {
 };
 
 SDCT_DEVICE View view_of(const Transform& t, const unsigned char* shared) {
-  return {t, shared ? shared + t.shared_table : t.tables};
+  return {t, shared && t.shared_table >= 0 ? shared + t.shared_table : t.tables};
 }
 
 // ids and scales of blends first .. first + kBlends - 1 of a row. A barrier must follow.

@@ -59,7 +59,7 @@ struct Transform {
   const unsigned char* tables;
   int32_t split, place;     // bytes from `tables`
   int32_t table_bytes;      // a multiple of 16
-  int32_t shared_table;     // bytes from the block's tables to its copy of these
+  int32_t shared_table;     // bytes from the block's tables to its copy of these, negative where it has none
 };
 constexpr int32_t kReads = 1, kSplits = 2;
 
@@ -104,7 +104,6 @@ struct KernelArgs {
   int64_t tokens_per_row;  // where token_row is null
   int32_t acc_buffer;      // complex elements of the largest output buffer
   int32_t team_bytes;      // working memory of a token
-  int32_t table_bytes;     // of all tables in shared memory
   int32_t direct;          // whether a transform has direct sums
   Transform in;
   Transform out[kMaxProjections];

@@ -28,7 +28,7 @@ template <class T, bool kShared, bool kDirect>
 __global__ void __launch_bounds__(kDirect || !kShared ? kWideThreads : kBlockThreads, 1)
     spectral_delta(const __grid_constant__ KernelArgs args, Complex* workspace, int32_t tables, int32_t step) {
   extern __shared__ __align__(16) unsigned char shared[];
-  const kernel::Team team;
+  const kernel::Team team{};
   const int32_t teams = int32_t(blockDim.y), thread = int32_t(threadIdx.y * blockDim.x + threadIdx.x);
   if (tables) {
     const auto copy = [&](const Transform& t) {
@@ -79,19 +79,16 @@ constexpr int64_t kSlices = 256;
 
 using Kernel = void (*)(KernelArgs, Complex*, int32_t, int32_t);
 
-template <class T>
-Kernel kernel_of(bool shared, bool direct) {
-  if (direct) return shared ? spectral_delta<T, true, true> : spectral_delta<T, false, true>;
-  return shared ? spectral_delta<T, true, false> : spectral_delta<T, false, false>;
-}
-
 Kernel kernel_of(DataType type, bool shared, bool direct) {
-  switch (type) {
-    case DataType::kFloat32: return kernel_of<float>(shared, direct);
-    case DataType::kFloat16: return kernel_of<Half>(shared, direct);
-    case DataType::kBFloat16: return kernel_of<BFloat16>(shared, direct);
-  }
-  return nullptr;
+  static constexpr Kernel kernels[3][2][2] = {
+      {{spectral_delta<float, false, false>, spectral_delta<float, false, true>},
+       {spectral_delta<float, true, false>, spectral_delta<float, true, true>}},
+      {{spectral_delta<Half, false, false>, spectral_delta<Half, false, true>},
+       {spectral_delta<Half, true, false>, spectral_delta<Half, true, true>}},
+      {{spectral_delta<BFloat16, false, false>, spectral_delta<BFloat16, false, true>},
+       {spectral_delta<BFloat16, true, false>, spectral_delta<BFloat16, true, true>}},
+  };
+  return kernels[int32_t(type)][shared][direct];
 }
 
 // Tables of one length on one device.

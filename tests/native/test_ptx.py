@@ -596,7 +596,7 @@ def test_a_mistake_in_the_kernels_is_found(build: Path, tmp_path: Path, mistake:
     assert before in text, "the kernels have changed: name a place in them again"
     path.write_text(text.replace(before, after, 1))
     cuda = path.parent / "cuda.cu"  # the case below is float32: the others need not be compiled
-    cuda.write_text(re.sub("kernel_of<(Half|BFloat16)>", "kernel_of<float>", cuda.read_text()))
+    cuda.write_text(re.sub("spectral_delta<(Half|BFloat16),", "spectral_delta<float,", cuda.read_text()))
     said = Path(build, "CMakeCache.txt").read_text()
     nvcc = re.search(r"^SDCT_NVCC:FILEPATH=(.*)$", said, re.M)
     assert nvcc

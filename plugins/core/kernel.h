@@ -846,12 +846,22 @@ SDCT_DEVICE void sparse(const Team& team, const View& in, const View& out, const
     __syncwarp();
     e += 32;
     if (e < end) continue;
-    // does the last row go on behind the range?
-    if (end == count || !used) break;
+    // does the last row go on behind the range? Windows of zeros there have nothing, and may be all that is left
+    if (end == count) break;
     const int32_t last = __shfl_sync(kAll, pair.x, 31);
-    if (uint32_t(last - low) >= width || indices[2 * int64_t(end)] != last) break;
+    if (uint32_t(last - low) >= width) break;
+    while (!used && e < count) {
+      bool any = false;
+      SDCT_UNROLL
+      for (int i = 0; i < 128; i += 32) any = any || (e + i + lane < count && values[i] != 0.0f);
+      if (__any_sync(kAll, any)) break;
+      e += 128;
+      values += 128;
+      pairs += 128;
+    }
+    if (e >= count || indices[2 * int64_t(e)] != last) break;
     width = uint32_t(last - low) + 1;
-    end = end + 32 < count ? end + 32 : count;
+    end = e + 32 < count ? e + 32 : count;
   }
 }
 

@@ -72,6 +72,9 @@ def run(
     described = Bundle.load(bundle)
     if adapters and described.kind == "merged":
         raise ConfigError(f"{bundle} is merged: its adapter is part of the weights, so leave --adapter out")
+    for name in {name for row in rows for name in row or {}} - set(described.adapters):
+        known = ", ".join(sorted(described.adapters)) or "none"
+        raise ConfigError(f"{bundle} has no adapter {name!r}; it has {known} (a blend is a=0.5+b=0.5)")
     model = MultiAdapterModel(described, device=device, max_batch=None)  # this process ends after one batch
     feeds = encode_text(model.bundle, texts, pairs or None) if texts else read_arrays(files)
     result = model.run(feeds, rows[0] if len(rows) == 1 else rows or None)

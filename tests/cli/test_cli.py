@@ -304,7 +304,7 @@ def test_run_says_what_is_wrong(bundle: Path, tmp_path: Path) -> None:
     assert "must be NAME=FILE.npy" in misused("run", bundle, "--input", "x.npy")
     for bad in ("a=b", "", "a+", "a+a", "=1"):
         assert "Invalid value for --adapter" in misused("run", bundle, "--text", "a", "--adapter", bad)
-    assert "no adapter named 'c' is loaded" in fails("run", bundle, "--text", "a", "--adapter", "c=0.5+a=0.5")
+    assert "has no adapter 'c'; it has" in fails("run", bundle, "--text", "a", "--adapter", "c=0.5+a=0.5")
     assert "finite" in fails("run", bundle, "--text", "a", "--adapter", "a=nan")
     assert "2 entries for a batch of 3" in fails("run", bundle, *["--text=a"] * 3, *["--adapter=a"] * 2)
     assert "x.npy is missing" in fails("run", bundle, "--input", f"input_ids={tmp_path / 'x.npy'}")

@@ -56,6 +56,22 @@ def test_hostile_entries_count_as_nothing(engine, dtype):
     assert all(check(case, got) for case, got in zip(cases, engine(cases), strict=True))
 
 
+def test_zeros_inside_of_a_row_hide_nothing(engine):
+    """Warps share a row's entries by 32 at a time: wherever some of them are 0, the others count."""
+    rng = np.random.default_rng(31)
+    cases = []
+    for first, end in [(0, 0), (10, 42), (64, 96), (320, 352), (319, 353), (352, 384), (0, 352), (300, 650), (0, 699)]:
+        for rows in (1, 2):  # all entries in one row, or the second half in another one
+            case = make(rng, DTYPES[0], 1024, [1024], rows=1, slots=2, capacity=[700])
+            case.ids[:], case.scales[:] = 1, 1
+            case.indices[1, :, 0] = np.arange(700) * rows // 700 + 3
+            case.indices[1, :, 1] = rng.permutation(1024)[:700]
+            case.values[1] = rng.standard_normal(700)
+            case.values[1, first:end] = 0
+            cases.append(case)
+    assert all(check(case, got) for case, got in zip(cases, engine(cases), strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_groups_of_real_models(engine, dtype):
     """q, k, v and gate, up of real sizes: many tokens, ragged rows, blends, in place."""

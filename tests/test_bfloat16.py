@@ -395,10 +395,10 @@ def test_tensorrt_before_10_is_refused(
     old.__version__ = version  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tensorrt", old)
     short = version[:3]
-    message = rf"TensorRT {short} has no strongly typed networks, .*install TensorRT 10 or newer, .*--dtype float16"
+    message = rf"TensorRT {short} is too old for bfloat16 bundles; install TensorRT 10 or newer, .*--dtype float16"
     with pytest.raises(UnsupportedError, match=message):
         build_engine(exported.bundle, tmp_path / "e.engine")
-    with pytest.raises(UnsupportedError, match=r"TensorRT 8.6 has no strongly typed"):
+    with pytest.raises(UnsupportedError, match=r"TensorRT 8.6 is too old for bfloat16"):
         prepare_graph(exported.bundle, version=(8, 6))
     monkeypatch.setattr("sdct_export.export.export_multi", lambda *_, **__: pytest.fail("worked for nothing"))
     ran = CliRunner().invoke(
@@ -406,7 +406,7 @@ def test_tensorrt_before_10_is_refused(
                "--format", "tensorrt", "--dtype", "bfloat16"],
     )  # fmt: skip
     assert ran.exit_code == 1
-    assert f"TensorRT {short} has no strongly typed networks" in ran.stderr
+    assert f"TensorRT {short} is too old for bfloat16 bundles" in ran.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -251,12 +251,12 @@ def profile_shapes(
 def check_dtype(dtype: str | None, version: settings.Version) -> None:
     """Raise `UnsupportedError` where TensorRT `version` builds no engine of `dtype` weights.
 
-    bfloat16 needs a strongly typed network: older builders choose types layer by layer.
+    bfloat16 needs a strongly typed network, which is built from TensorRT 10 on; older builders choose types by layer.
     """
     if dtype == "bfloat16" and not settings.is_strongly_typed(version):
         raise UnsupportedError(
-            f"TensorRT {version[0]}.{version[1]} has no strongly typed networks, which bfloat16 bundles need; install "
-            "TensorRT 10 or newer, or export with --dtype float16 or float32"
+            f"TensorRT {version[0]}.{version[1]} is too old for bfloat16 bundles; install TensorRT 10 or newer, or "
+            "export with --dtype float16 or float32"
         )
 
 

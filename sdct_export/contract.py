@@ -32,6 +32,18 @@ where `s_k = scale_k * present[id_k]` and `sdct.<module>.present [slots]` float3
 the module, else 0. Rows with every `s_k = 0` keep `y` bit for bit. An adapter with fewer labels than the bank's
 `d_out` has weight 0 and bias `finfo(dtype).min / 2` in the columns beyond its own. A row with such an adapter
 (`s_k != 0`, of any sign) gets `finfo(dtype).min / 2` there, so that neither argmax nor softmax ever picks them.
+
+A causal language model with a key-value cache (see `Cache`) is one graph for prefill and decode:
+
+    inputs  input_ids                [batch, sequence]  int64    the new tokens
+            attention_mask           [batch, total]     int64    total = past + sequence; 0 is padding, on either side
+            position_ids             [batch, sequence]  int64    of each new token in its own row, from 0
+            past_key_values.<i>.key  [batch, kv_heads, past, head_size]  and .value; past = 0 in the first step
+            last_logits              [1]                bool     optional: true gives the logits of a row's last token
+    outputs logits                   [batch, sequence, vocabulary], or [batch, 1, vocabulary] with `last_logits`
+            present.<i>.key, .value  [batch, kv_heads, total, head_size], the pasts of the next step
+
+The mask of a step is that of the step before with the new tokens' columns behind it. Logits at padding mean nothing.
 """
 
 from __future__ import annotations
@@ -53,6 +65,9 @@ ADAPTER_SCALES = "adapter_scales"
 OPTIONAL_INPUTS = ("token_type_ids",)  # zero where a request leaves them out, as in transformers
 SENTENCE_EMBEDDING = "sentence_embedding"  # [batch, dim], the one output of a bundle with pooling
 BATCH, BLEND, SLOTS = "batch", "blend", "slots"  # symbolic dimensions
+INPUT_IDS, ATTENTION_MASK, POSITION_IDS = "input_ids", "attention_mask", "position_ids"
+LAST_LOGITS = "last_logits"
+TARGETS = ("ort", "standard")  # who computes the attention of a cached graph: an operator of ONNX Runtime's, or ONNX's
 
 
 def edge_dtype(dtype: str) -> str:
@@ -81,6 +96,35 @@ class Head:
     module: str
     d_out: int
     d_in: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """The key-value cache of a causal language model's graph, the same in every layer.
+
+    `dtype` is that of the keys and values in the graph's inputs and outputs. With target `ort` the attention is
+    com.microsoft::GroupQueryAttention: the cache holds the tokens of a row side by side from its first column on,
+    wherever the mask has them (of the past only their number counts), and the memory of a past may be that of its
+    present. With target `standard` it is made of ONNX's own operators, and a token keeps its column. `windows` are the
+    lengths of sliding windows in some of the layers.
+    """
+
+    target: str
+    layers: int
+    kv_heads: int
+    head_size: int
+    dtype: str
+    windows: tuple[int, ...] = ()
+
+    @property
+    def pasts(self) -> tuple[str, ...]:
+        """Names of the inputs with the cache, key and value of each layer in turn."""
+        return tuple(f"past_key_values.{i}.{part}" for i in range(self.layers) for part in ("key", "value"))
+
+    @property
+    def presents(self) -> tuple[str, ...]:
+        """Names of the outputs with the cache, in the order of `pasts`."""
+        return tuple(f"present.{i}.{part}" for i in range(self.layers) for part in ("key", "value"))
 
 
 def group_name(modules: Sequence[str]) -> str:

@@ -1,7 +1,8 @@
 """The pass that makes a traced bfloat16 graph one that runtimes run, and that users can feed.
 
 **Ends.** numpy and ONNX Runtime's Python interface know no bfloat16, so the graph takes and gives float32: an input is
-rounded once where it comes in, an output is widened, which is exact.
+rounded once where it comes in, an output is widened, which is exact. A key-value cache stays as it is: nobody looks
+into it, it is large, and a past and its present have one buffer.
 
 **Operators.** ONNX Runtime's CUDA provider has bfloat16 kernels for most operators; the others (Conv, Gelu, Pow, Clip,
 ReduceMean) compute in float32 here, between casts, and round once to bfloat16, as a kernel of their own would.
@@ -11,16 +12,19 @@ ReduceMean) compute in float32 here, between casts, and round once to bfloat16, 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import onnx_ir as ir
 
 FLOAT, BFLOAT16 = ir.DataType.FLOAT, ir.DataType.BFLOAT16
 
 KERNELS = frozenset({
     "Abs", "Add", "Cast", "Compress", "Concat", "Constant", "ConstantOfShape", "Div", "Dropout", "Erf", "Exp",
-    "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Gemm", "Identity", "If", "IsNaN",
-    "LayerNormalization", "Loop", "MatMul", "Max", "Min", "Mod", "Mul", "Neg", "RMSNormalization", "ReduceSum",
-    "Relu", "Reshape", "Scan", "ScatterElements", "ScatterND", "Shape", "Sigmoid", "Sign", "Size", "Slice",
-    "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Tanh", "Tile", "Transpose", "Trilu", "Unsqueeze", "Where",
+    "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Gemm", "GroupQueryAttention", "Identity", "If",
+    "IsNaN", "LayerNormalization", "Loop", "MatMul", "Max", "Min", "Mod", "Mul", "Neg", "RMSNormalization",
+    "ReduceSum", "Relu", "Reshape", "Scan", "ScatterElements", "ScatterND", "Shape", "Sigmoid", "Sign", "Size",
+    "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Tanh", "Tile", "Transpose", "Trilu",
+    "Unsqueeze", "Where",
 })  # fmt: skip
 
 
@@ -28,7 +32,14 @@ class FitBfloat16(ir.passes.InPlacePass):
     """Float32 at the ends of the graph and in operators without a bfloat16 kernel; everything else stays as it is.
 
     Every value must have a type, as `trace` leaves them. Names of inputs and outputs stay.
+
+    Args:
+        cache: names of inputs and outputs that stay bfloat16.
     """
+
+    def __init__(self, cache: Collection[str] = ()) -> None:
+        super().__init__()
+        self._cache = frozenset(cache)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite `model` in place."""
@@ -37,16 +48,17 @@ class FitBfloat16(ir.passes.InPlacePass):
             if node.op_type not in KERNELS:
                 _widen(node)
         for value in graph.inputs:
-            if value.dtype == BFLOAT16:
+            if value.dtype == BFLOAT16 and value.name not in self._cache:
                 _round_input(graph, value)
         for position, value in enumerate(graph.outputs):
-            if value.dtype == BFLOAT16:
+            if value.dtype == BFLOAT16 and value.name not in self._cache:
                 _widen_output(graph, position, value)
         return ir.passes.PassResult(model, modified=True)
 
     def ensures(self, model: ir.Model) -> None:
-        """No bfloat16 at the ends."""
-        assert not [v.name for v in (*model.graph.inputs, *model.graph.outputs) if v.dtype == BFLOAT16]
+        """No bfloat16 at the ends, but in the cache."""
+        ends = (*model.graph.inputs, *model.graph.outputs)
+        assert {value.name for value in ends if value.dtype == BFLOAT16} <= self._cache
 
 
 def _widen(node: ir.Node) -> None:

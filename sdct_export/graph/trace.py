@@ -6,7 +6,7 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import onnx_ir as ir
@@ -19,7 +19,7 @@ from ..errors import UnsupportedError
 from .match import SCOPES
 
 SEQUENCE = "sequence"
-_NOISY = ("torch", "torch.onnx", "torch.export", "torch._export", "torch.fx", "onnxscript", "onnx_ir")
+_NOISY = ("transformers", "torch", "torch.onnx", "torch.export", "torch._export", "torch.fx", "onnxscript", "onnx_ir")
 
 
 def trace(model: nn.Module) -> ir.Model:
@@ -32,21 +32,34 @@ def trace(model: nn.Module) -> ir.Model:
     text = "input_ids" in inputs
     dims = {0: torch.export.Dim(BATCH)} | ({1: torch.export.Dim(SEQUENCE)} if text else {})
     dynamic = {name: dict(dims) for name in inputs}
+
+    def convert() -> torch.onnx.ONNXProgram | None:
+        outputs = run_model(model, inputs)
+        return torch.onnx.export(
+            model,
+            (),
+            kwargs=inputs,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_shapes=dynamic,
+            dynamo=True,
+            verbose=False,
+        )
+
+    with _without_cache(model):
+        return converted(model, convert)
+
+
+def converted(model: nn.Module, convert: Callable[[], torch.onnx.ONNXProgram | None]) -> ir.Model:
+    """The graph that `convert` makes of `model`, without what the exporter noted about its own machine.
+
+    Raises:
+        UnsupportedError: `convert` failed; names the module of `model` that was being traced and the reason.
+    """
     stack: list[str] = []
-    with _quiet(), _without_cache(model), _tracked(model, stack):
+    with quiet(), _tracked(model, stack):
         try:
-            outputs = run_model(model, inputs)
-            stack.clear()
-            onnx = torch.onnx.export(
-                model,
-                (),
-                kwargs=inputs,
-                input_names=list(inputs),
-                output_names=list(outputs),
-                dynamic_shapes=dynamic,
-                dynamo=True,
-                verbose=False,
-            )
+            onnx = convert()
         except UnsupportedError:
             raise
         except Exception as error:  # model and exporter raises many kinds; all of them mean the same to the user
@@ -133,7 +146,8 @@ def _strip(model: ir.Model) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """No warnings, and no log lines of the libraries that make a graph."""
     loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

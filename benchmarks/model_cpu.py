@@ -166,8 +166,8 @@ class Case:
         self.adapters = {f"a{i}": make_adapter(model, targets, i) for i in range(ADAPTERS)}
         first = self.adapters["a0"]
         shapes = {m: e.shape for m, e in first.modules.items() if e.shape is not None}
-        self.merged = export_merged(model, first, folder / "merged").model_path
-        self.bundle = export_multi(model, self.adapters, folder / "multi")
+        self.merged = export_merged(model, first, folder / "merged", cache=False).model_path
+        self.bundle = export_multi(model, self.adapters, folder / "multi", cache=False)
         self.lora, lora_bank = lora_model(self.merged, shapes)
         rng = np.random.default_rng(1)
         config: Any = model.config

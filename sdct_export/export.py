@@ -47,13 +47,13 @@ from .bundle.description import (
     training_sha256,
 )
 from .bundle.onnx_adapter import SUFFIX, write_onnx_adapter
-from .bundle.probe import Case, Probe, Row, sample_indices
-from .contract import Group, Head
+from .bundle.probe import Case, Probe, Row, sample_indices, without_padding
+from .contract import ATTENTION_MASK, BATCH, INPUT_IDS, Cache, Group, Head
 from .errors import AdapterFormatError, BaseMismatchError, ConfigError, UnsupportedError, an
 from .files import check_adapter_name, copy_inside, folder_name, new_folder
 from .graph.bfloat16 import FitBfloat16
 from .graph.insert import InsertAdapters
-from .graph.trace import trace
+from .graph.trace import SEQUENCE, trace
 from .tuning.layer import SdctLayer
 from .tuning.model import SdctModel
 
@@ -94,6 +94,8 @@ def export_merged(
     task_type: str | None = None,
     model_class: str | None = None,
     dtype: str | None = None,
+    cache: bool | None = None,
+    target: str | None = None,
 ) -> Bundle:
     """Write a bundle whose `model.onnx` has `adapter` merged into its weights; it runs like any ONNX model.
 
@@ -108,6 +110,9 @@ def export_merged(
             for the transformer of a SentenceTransformer without its pooling.
         dtype: `float32`, `float16` or `bfloat16` (for ONNX Runtime's CUDA provider and TensorRT 10 on); `base` for the
             base's own. Default: the base's own, but float32, with a warning, for a bfloat16 base.
+        cache: whether the graph has a key-value cache (see `contract`); default: for a causal language model.
+        target: who computes the attention of a graph with a cache, `ort` or `standard` (see `contract.Cache`);
+            default: `ort` where its operator takes the model.
 
     Raises:
         AdapterFormatError, BaseMismatchError: the adapter is damaged, or does not fit the base.
@@ -122,6 +127,7 @@ def export_merged(
     base = _prepare(model, named, task_type, model_class)
     (merged,) = named.values()
     exported = _export_dtype(base, dtype)
+    cached = _is_cached(base, cache, target)
     change = merge(base.model.float(), merged)
     kept = change.kept(merged.modules, DTYPES[exported]) if exported != "float32" else 1.0
     if kept < LEAST_KEPT:
@@ -137,11 +143,11 @@ def export_merged(
         config.label2id = {label: i for i, label in enumerate(labels)}
     _complete(base, exported)
     with new_folder(output) as folder:
-        graph = _trace(base, exported)
+        graph, layout = _trace(base, exported, cached, target)
         if merged.trained_on is not None:
             write_training(folder, merged.trained_on)
-        _write(folder, "merged", base, exported, graph, len(graph.graph.inputs), (), (), {})
-        _record(base.model.float(), {}, folder)  # in place: the graph shared these weights
+        _write(folder, "merged", base, exported, graph, len(graph.graph.inputs), layout, (), (), {})
+        _record(base.model.float(), {}, folder, cached)  # in place: the graph shared these weights
     return Bundle.load(output)
 
 
@@ -153,6 +159,8 @@ def export_multi(
     task_type: str | None = None,
     model_class: str | None = None,
     dtype: str | None = None,
+    cache: bool | None = None,
+    target: str | None = None,
 ) -> Bundle:
     """Write a bundle in which every batch row picks its own adapters (see `contract`).
 
@@ -169,6 +177,9 @@ def export_multi(
             for the transformer of a SentenceTransformer without its pooling.
         dtype: `float32`, `float16` or `bfloat16` (for ONNX Runtime's CUDA provider and TensorRT 10 on); `base` for the
             base's own. Default: the base's own, but float32, with a warning, for a bfloat16 base.
+        cache: whether the graph has a key-value cache (see `contract`); default: for a causal language model.
+        target: who computes the attention of a graph with a cache, `ort` or `standard` (see `contract.Cache`);
+            default: `ort` where its operator takes the model.
 
     Raises:
         ConfigError: no adapter, a name that is not allowed, or adapters of different tasks.
@@ -187,20 +198,21 @@ def export_multi(
     heads = _heads(base.model, named)
     capacity = {m: max(a.modules[m].n for a in named.values() if m in a.modules) for m in base.shapes}
     exported = _export_dtype(base, dtype)
+    cached = _is_cached(base, cache, target)
     _complete(base, exported)
     with new_folder(output) as folder:
-        graph = _trace(base, exported)
+        graph, layout = _trace(base, exported, cached, target)
         own_inputs = len(graph.graph.inputs)
         insertion = InsertAdapters(base.shapes, capacity, heads)
         insertion(graph)
         label_head = _label_head(base.model, named)
         records = {name: _ship(folder, name, sources[name], hashes[name], a, label_head) for name, a in named.items()}
-        _write(folder, "multi", base, exported, graph, own_inputs, insertion.groups, insertion.heads, records)
-        _record(base.model.float(), named, folder)  # in place: the graph shared these weights
+        _write(folder, "multi", base, exported, graph, own_inputs, layout, insertion.groups, insertion.heads, records)
+        _record(base.model.float(), named, folder, cached)  # in place: the graph shared these weights
         described = Bundle.load(folder)
         for name, adapter in named.items():
-            target = folder / ADAPTERS_FOLDER / f"{name}{SUFFIX}"
-            write_onnx_adapter(described, adapter, target, label=f"adapter {name!r}")
+            file = folder / ADAPTERS_FOLDER / f"{name}{SUFFIX}"
+            write_onnx_adapter(described, adapter, file, label=f"adapter {name!r}")
     return Bundle.load(output)
 
 
@@ -379,11 +391,29 @@ def _export_dtype(base: _Base, dtype: str | None) -> str:
     return chosen
 
 
-def _trace(base: _Base, dtype: str) -> ir.Model:
-    graph = trace(base.model)
+def _is_cached(base: _Base, cache: bool | None, target: str | None) -> bool:
+    """Whether the graph gets a cache; refuses to give one to what is no causal language model."""
+    language = base.task == "CAUSAL_LM"
+    if (cache or target is not None) and not language:
+        raise ConfigError(
+            f"a key-value cache is for causal language models, this {type(base.model).__name__} is for {base.task}; "
+            "leave cache and target (--target) out"
+        )
+    if cache is False and target is not None:
+        raise ConfigError(f"target {target!r} is about the cache; leave it out of an export without one (--no-cache)")
+    return language if cache is None else cache
+
+
+def _trace(base: _Base, dtype: str, cached: bool, target: str | None) -> tuple[ir.Model, Cache | None]:
+    if cached:
+        from .graph.cache import trace_decoder
+
+        graph, cache = trace_decoder(base.model, target)
+    else:
+        graph, cache = trace(base.model), None
     if dtype == "bfloat16":
-        FitBfloat16()(graph)
-    return graph
+        FitBfloat16(() if cache is None else (*cache.pasts, *cache.presents))(graph)
+    return graph, cache
 
 
 def _hash(source: AdapterLike) -> str | None:
@@ -411,7 +441,7 @@ def _ship(
     return AdapterRecord(sha256, _labels(adapter, head))
 
 
-def _record(model: nn.Module, named: Mapping[str, SdctAdapter], folder: Path) -> None:
+def _record(model: nn.Module, named: Mapping[str, SdctAdapter], folder: Path, cached: bool) -> None:
     """Write what torch computes in float32 for base rows, each adapter, a mixed batch and a blend."""
     names = list(named)[:PROBED_ADAPTERS]
     inputs = sample_inputs(model, batch=3, sequence=16, seed=1)
@@ -422,6 +452,7 @@ def _record(model: nn.Module, named: Mapping[str, SdctAdapter], folder: Path) ->
         plans["mixed"] = [singles[(i + 1) % len(singles)] for i in range(batch)]
         pair = dict.fromkeys((names[0], names[-1]))  # one where there is one adapter only
         plans["blend"] = [tuple((name, 0.5) for name in pair), ((names[-1], 0.25),), ()]
+    given = {name: to_numpy(value) for name, value in inputs.items()}
     cases, indices, shapes = [], {}, {}
     for case, rows in plans.items():
         outputs = run_rows(model, inputs, rows, named)
@@ -433,13 +464,12 @@ def _record(model: nn.Module, named: Mapping[str, SdctAdapter], folder: Path) ->
                     + ("of the base model" if case == "base" else f"with adapters ({case})")
                     + "; repair the weights before exporting them"
                 )
+        arrays = without_padding(given, arrays) if cached else arrays
         shapes = {name: array.shape for name, array in arrays.items()}
         indices = {name: sample_indices(shape) for name, shape in shapes.items()}
         sampled = {name: array.reshape(-1)[indices[name]] for name, array in arrays.items()}
         cases.append(Case(case, tuple(rows), sampled))
-    Probe({name: to_numpy(value) for name, value in inputs.items()}, tuple(cases), indices, shapes).write(
-        folder / PROBE_FILE
-    )
+    Probe(given, tuple(cases), indices, shapes).write(folder / PROBE_FILE)
 
 
 def _write(
@@ -449,6 +479,7 @@ def _write(
     dtype: str,
     graph: ir.Model,
     own_inputs: int,
+    cache: Cache | None,
     groups: Sequence[Group],
     heads: Sequence[Head],
     adapters: Mapping[str, AdapterRecord],
@@ -475,8 +506,8 @@ def _write(
         base_architecture=type(base.model).__name__,
         base_hash=base.hash,
         base_hash_dtype=base.dtype,
-        inputs=_specs(graph.graph.inputs[:own_inputs]),
-        outputs=_specs(graph.graph.outputs),
+        inputs=_specs(graph.graph.inputs[:own_inputs], cache),
+        outputs=_specs(graph.graph.outputs, cache),
         model_sha256=file_sha256(folder / MODEL_FILE),
         data_sha256=file_sha256(folder / DATA_FILE) if (folder / DATA_FILE).exists() else None,
         groups=tuple(groups),
@@ -489,6 +520,7 @@ def _write(
         training_sha256=training_sha256(folder),
         max_tokens=most_tokens(base.model),
         pooling=() if base.tail is None else base.tail.described,
+        cache=cache,
     ).write(folder)
 
 
@@ -498,12 +530,17 @@ def _name(base: _Base) -> str:
     return str(base.source)
 
 
-def _specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
+def _specs(values: Sequence[ir.Value], cache: Cache | None) -> tuple[TensorSpec, ...]:
+    """What a graph says of its inputs or outputs; of one with a cache those of a call without a past."""
     specs = []
     for value in values:
         assert value.name
         assert value.dtype is not None
         assert value.shape is not None
         shape = tuple(d if isinstance(d, int) else str(d) for d in value.shape)
+        if cache is not None:
+            if value.name not in (INPUT_IDS, ATTENTION_MASK, "logits"):
+                continue
+            shape = (BATCH, SEQUENCE, *shape[2:])
         specs.append(TensorSpec(value.name, value.dtype.numpy().name, shape))
     return tuple(specs)

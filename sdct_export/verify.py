@@ -18,7 +18,7 @@ from .adapter.entries import Array
 from .adapter.folder import read_training
 from .adapter.training import TOLERANCES as TRAINING_TOLERANCES
 from .bundle.description import DATA_FILE, PROBE_FILE, Bundle, file_sha256, training_sha256
-from .bundle.probe import Probe, Row
+from .bundle.probe import Probe, Row, without_padding
 from .contract import edge_dtype
 from .errors import BaseMismatchError, SdctError
 from .runtime import MultiAdapterModel
@@ -154,12 +154,15 @@ def _numbers(
 
 
 def _run(runner: MultiAdapterModel, inputs: Mapping[str, Array], rows: Sequence[Row]) -> dict[str, Array]:
-    if runner.bundle.kind == "merged":
-        return runner.run(inputs)
-    selections = []
-    for row in rows:  # the probe of a bundle with one adapter blends it with itself
-        selections.append({name: sum(scale for other, scale in row if other == name) for name, _ in row})
-    return runner.run(inputs, selections)
+    selections = None
+    if runner.bundle.kind == "multi":  # the probe of a bundle with one adapter blends it with itself
+        selections = [{n: sum(scale for other, scale in row if other == n) for n, _ in row} for row in rows]
+    return _compared(runner.bundle, inputs, runner.run(inputs, selections))
+
+
+def _compared(bundle: Bundle, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> dict[str, Array]:
+    """What is compared of the outputs: all, but with a key-value cache nothing at padding."""
+    return dict(outputs) if bundle.cache is None else without_padding(inputs, outputs)
 
 
 def _measured(bundle: Bundle, name: str, error: float, what: str) -> Check:
@@ -255,7 +258,8 @@ def _against_torch(
     errors: dict[str, float] = {}
     for rows in _plans(list(adapters)):
         got = _run(runner, inputs, rows)
-        want = {name: to_numpy(tensor) for name, tensor in run_rows(base, tensors, rows, adapters).items()}
+        computed = run_rows(base, tensors, rows, adapters)
+        want = _compared(bundle, inputs, {name: to_numpy(tensor) for name, tensor in computed.items()})
         for i, row in enumerate(rows):
             error = _worst({n: a[i] for n, a in got.items()}, {n: a[i] for n, a in want.items()}, padding)
             label = " + ".join(name if scale == 1 else f"{scale:g} {name}" for name, scale in row) or "base"

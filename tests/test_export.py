@@ -83,7 +83,7 @@ def make(family: Family, folder: Path, **overrides: Any) -> Exported:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export_module, "trace", traced)
-        bundle = export_multi(model, adapters, folder / "bundle")
+        bundle = export_multi(model, adapters, folder / "bundle", cache=False)  # with one: tests/graph/test_cache.py
     return Exported(family, model, adapters, bundle, session(folder / "base.onnx"), session(bundle.model_path))
 
 
@@ -215,7 +215,7 @@ def test_the_merged_model_equals_torch(name: str, tmp_path: Path) -> None:
     model = family.model()
     adapter = random_adapter(family, model, 1, labels=model.config.num_labels if family.saved else None)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    bundle = export_merged(model, adapter, tmp_path / "out")
+    bundle = export_merged(model, adapter, tmp_path / "out", cache=False)
     assert all(value.equal(before[key]) for key, value in model.state_dict().items())
     assert (bundle.kind, bundle.groups, bundle.heads, dict(bundle.adapters)) == ("merged", (), (), {})
     inputs = sample_inputs(model, batch=3, sequence=7, seed=6)

@@ -82,13 +82,19 @@ class TrainingProbe:
         """Largest `max |got - want|` over half the spread of `want`, of all outputs; infinite where one is missing.
 
         An output may have more columns than the recorded one: a bundle of several adapters has those of the largest.
+        What is given at padding does not count: a graph with a key-value cache has other numbers there than torch.
         """
-        worst = 0.0
+        worst, mask = 0.0, self.inputs.get("attention_mask")
         for name, want in self.outputs.items():
             shape, got = self.shapes[name], outputs.get(name)
             if got is None or got.ndim != len(shape) or got.shape[:-1] != shape[:-1] or got.shape[-1] < shape[-1]:
                 return math.inf
             sample = got[..., : shape[-1]].reshape(-1)[positions(shape)].astype(np.float64)
+            if mask is not None and len(shape) > 2 and shape[:2] == mask.shape:
+                token = positions(shape) // math.prod(shape[2:])
+                sample, want = sample[mask.reshape(-1)[token] != 0], want[mask.reshape(-1)[token] != 0]
+                if not want.size:
+                    continue
             gap = float(np.abs(sample - want).max())
             # half the spread is the size of numbers around 0; of those around an offset it is what they say
             size = max(float(np.ptp(want)) / 2, 1e-3 * float(np.abs(want).max()), 1e-3)

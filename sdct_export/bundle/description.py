@@ -22,7 +22,7 @@ from typing import Any
 
 from ..adapter.entries import DTYPE_NAMES
 from ..adapter.folder import CONFIG_FILE, TRAINED_ON_FILE, TRAINING_FILE, WEIGHTS_FILE
-from ..contract import Group, Head
+from ..contract import TARGETS, Cache, Group, Head
 from ..errors import AdapterFormatError, ConfigError, VerificationError
 from ..files import check_adapter_name, open_input, read_json
 
@@ -33,6 +33,7 @@ ADAPTERS_FOLDER = "adapters"
 PROBE_FILE = "probe.safetensors"
 BUNDLE_VERSION = 1
 MAX_BUNDLE_BYTES = 16 << 20
+MAX_CACHE = 1 << 14  # layers of a cache, its heads, or the size of one
 _AGAIN = "export the bundle again"
 TENSOR_DTYPES = (*DTYPE_NAMES, "bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
 
@@ -66,7 +67,9 @@ class Bundle:
     `model_config` are those of the base, None in a bundle that an older version wrote; `weights` (dtype name ->
     CRC-32 of a name -> checksum) lets an adapter's training record be compared; `max_tokens` is how many tokens
     a row may have where the base looks their positions up in a table; `pooling` says what a SentenceTransformer does
-    behind the base, which alone adapters and hashes are about.
+    behind the base, which alone adapters and hashes are about; `cache` describes the key-value cache of a language
+    model, None for a graph without one. Its inputs and outputs, `position_ids` and `last_logits` (see `contract`) come
+    to those of the graph; `inputs` and `outputs` are what one call without a past takes and gives.
     """
 
     kind: str
@@ -90,6 +93,7 @@ class Bundle:
     weights: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
     max_tokens: int | None = None
     pooling: tuple[str, ...] = ()
+    cache: Cache | None = None
     path: Path = dataclasses.field(default=Path(), compare=False)
 
     @classmethod
@@ -222,6 +226,7 @@ def _parse(raw: dict[str, Any]) -> dict[str, Any]:
     for name in ("inputs", "outputs"):
         fields[name] = tuple(_tensor(s) for s in raw[name])
     fields["pooling"] = tuple(_text(step, "pooling") for step in raw.get("pooling", ()))
+    fields["cache"] = None if raw.get("cache") is None else _cache(raw["cache"])
     fields["groups"] = tuple(_group(g) for g in raw["groups"])
     fields["heads"] = tuple(
         Head(_text(h["module"], "head"), _size(h["d_out"], "d_out"), _size(h["d_in"], "d_in")) for h in raw["heads"]
@@ -241,6 +246,18 @@ def _tensor(raw: dict[str, Any]) -> TensorSpec:
     if raw["dtype"] not in TENSOR_DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(TENSOR_DTYPES)}, got {raw['dtype']!r}")
     return TensorSpec(_text(raw["name"], "name"), raw["dtype"], tuple(raw["shape"]))
+
+
+def _cache(raw: dict[str, Any]) -> Cache:
+    cache = Cache(**raw | {"windows": tuple(_size(window, "window") for window in raw["windows"])})
+    for name in ("layers", "kv_heads", "head_size"):
+        if _size(getattr(cache, name), name) > MAX_CACHE:
+            raise ValueError(f"the {name} of a cache are at most {MAX_CACHE}, got {getattr(cache, name)}")
+    if cache.target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {cache.target!r}")
+    if cache.dtype not in DTYPE_NAMES:
+        raise ValueError(f"the dtype of a cache must be one of {', '.join(DTYPE_NAMES)}, got {cache.dtype!r}")
+    return cache
 
 
 def _group(raw: dict[str, Any]) -> Group:

@@ -24,6 +24,7 @@ import numpy as np
 
 from ..adapter.entries import Array
 from ..adapter.folder import encode_safetensors, read_safetensors
+from ..contract import ATTENTION_MASK
 from ..errors import AdapterFormatError
 
 MAX_SAMPLE = 4096
@@ -98,6 +99,19 @@ class Probe:
         except (KeyError, ValueError, TypeError, RecursionError) as error:
             raise AdapterFormatError(f"{path} is damaged ({error}); export the bundle again") from error
         return probe
+
+
+def without_padding(inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> dict[str, Array]:
+    """The outputs with 0 at padding, `[batch, tokens, ...]`: what a graph with a cache gives there, torch does not."""
+    mask = inputs.get(ATTENTION_MASK)
+    return {
+        name: array if mask is None or array.shape[:2] != mask.shape else np.where(_at(mask != 0, array), array, 0)
+        for name, array in outputs.items()
+    }
+
+
+def _at(rows: Array, array: Array) -> Array:
+    return rows.reshape(*rows.shape, *(1,) * (array.ndim - rows.ndim))
 
 
 def sample_indices(shape: tuple[int, ...]) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -58,6 +59,13 @@ Examples:
     "a bfloat16 base unless --format tensorrt]",
 )
 @click.option(
+    "--target",
+    type=click.Choice(["ort", "tensorrt", "standard"]),
+    help="Who computes the attention of a language model with a cache: an operator of ONNX Runtime's, TensorRT (not "
+    "yet), or ONNX's own operators, which any runtime has. [default: ort where its operator takes the model]",
+)
+@click.option("--no-cache", is_flag=True, help="Leave the key-value cache out of a language model.")
+@click.option(
     "--task",
     type=click.Choice(["SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM", "FEATURE_EXTRACTION", "IMAGE_CLS"]),
     help="What the model is for. [default: as trained]",
@@ -74,6 +82,8 @@ def main(
     merge: bool,
     format_: str,
     dtype: str | None,
+    target: str | None,
+    no_cache: bool,
     task: str | None,
     model_class: str | None,
     as_json: bool,
@@ -84,7 +94,8 @@ def main(
     adapters are chosen per request, per row of a batch.
     """
     if context.invoked_subcommand is not None:
-        if model or adapters or output or merge or dtype or task or model_class or as_json or format_ != "onnx":
+        given = (model, adapters, output, merge, dtype, target, no_cache, task, model_class, as_json)
+        if any(given) or format_ != "onnx":
             raise click.UsageError(f"options of the export do not go before {context.invoked_subcommand!r}")
         return
     for value, name in ((model, "--model"), (adapters, "--adapter"), (output, "--output")):
@@ -99,6 +110,8 @@ def main(
         raise click.UsageError("--format transformers needs --merge: a checkpoint holds one set of weights")
     if format_ == "transformers" and dtype:
         raise click.UsageError("--dtype is for ONNX; a merged checkpoint keeps the types of the base")
+    if format_ != "onnx" and target:
+        raise click.UsageError("--target is for --format onnx: nothing else has a key-value cache")
     from ..files import check_text, refuse_existing
 
     refuse_existing(output)
@@ -115,12 +128,14 @@ def main(
         return
     from ..export import export_merged, export_multi
 
+    cache = False if no_cache or format_ == "tensorrt" else None  # no engine has one yet
+    options: dict[str, Any] = {"task_type": task, "model_class": model_class, "dtype": dtype}
+    options |= {"cache": cache, "target": target}
     with busy("exporting"), importable_here(model_class):
         if merge:
-            adapter = next(iter(named.values()))
-            bundle = export_merged(model, adapter, output, task_type=task, model_class=model_class, dtype=dtype)
+            bundle = export_merged(model, next(iter(named.values())), output, **options)
         else:
-            bundle = export_multi(model, named, output, task_type=task, model_class=model_class, dtype=dtype)
+            bundle = export_multi(model, named, output, **options)
     if format_ == "tensorrt":
         from ..engine.build import build_engine
 
@@ -133,6 +148,7 @@ def main(
             "kind": bundle.kind,
             "task": bundle.task,
             "dtype": bundle.dtype,
+            "cache": bundle.cache and bundle.cache.target,
             "adapters": list(bundle.adapters),
             "bytes": _size(output),
         },

@@ -13,6 +13,7 @@ from .output import print_json, print_table, printable
 
 if TYPE_CHECKING:
     from ..bundle.description import Bundle, TensorSpec
+    from ..contract import Cache
 
 
 @click.command(
@@ -95,6 +96,14 @@ def _show_adapter(path: Path, plot: Path | None, as_json: bool) -> None:
         click.echo(f"wrote {printable(str(plot))}")
 
 
+def _cache(cache: Cache) -> str:
+    windows = f", windows of {', '.join(map(str, cache.windows))} tokens" if cache.windows else ""
+    return (
+        f"{cache.layers} layers, {cache.kv_heads} heads of {cache.head_size} in {cache.dtype}{windows}, "
+        f"target {cache.target}"
+    )
+
+
 def _signature(specs: Sequence[TensorSpec]) -> str:
     return ", ".join(f"{s.name} {s.dtype} [{', '.join(map(str, s.shape))}]" for s in specs)
 
@@ -145,6 +154,7 @@ def _show_bundle(bundle: Bundle, as_json: bool) -> None:
         ("inputs", _signature(bundle.inputs)),
         ("outputs", _signature(bundle.outputs)),
         *([("pooling", ", ".join(bundle.pooling))] if bundle.pooling else []),
+        *([("cache", _cache(bundle.cache))] if bundle.cache is not None else []),
     ):
         click.echo(f"{name}: {printable(value)}")
     if operator is not None:

@@ -273,8 +273,14 @@ def prepare_graph(bundle: Bundle, *, version: tuple[int, int] = settings.NEWEST)
             LayerNormalization; for a float16 bundle their graph says which nodes are float32.
 
     Raises:
-        UnsupportedError: onnx is missing, the graph cannot be converted, or TensorRT is too old for bfloat16.
+        UnsupportedError: onnx is missing, the graph cannot be converted or has a key-value cache, or TensorRT is too
+            old for bfloat16.
     """
+    if bundle.cache is not None:
+        raise UnsupportedError(
+            f"{bundle.path} has a key-value cache, for which no engine can be built yet: there are no profiles for "
+            "prefill and decode, and no cache on the device; export it with --no-cache (cache=False)"
+        )
     old = version < (10, 0)
     check_dtype(bundle.dtype, version)
     if bundle.kind == "merged" and not old:

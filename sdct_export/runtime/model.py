@@ -20,14 +20,14 @@ import numpy as np
 
 from .. import contract, native
 from ..adapter.adapter import SdctAdapter
-from ..adapter.entries import Array
+from ..adapter.entries import DTYPE_NAMES, Array
 from ..adapter.training import TOLERANCES, TrainingProbe
 from ..bundle.description import Bundle, TensorSpec
 from ..bundle.packing import Layout, bank_layout, label_count, most_bytes, pack
 from ..errors import AdapterFormatError, BaseMismatchError, ConfigError, SdctError, UnsupportedError
 from ..files import check_adapter_name
 from .bank import AdapterInfo, Bank, Memory
-from .ort import OrtBackend, check_dtype
+from .ort import OrtBackend, check_cache, check_dtype
 
 Selection = str | None | Mapping[str, float]  # the adapters of one batch row
 
@@ -106,8 +106,10 @@ class MultiAdapterModel:
             if engine is not None:
                 raise ConfigError("engine is for backend='tensorrt'; leave it out for ONNX Runtime")
             check_dtype(self.bundle, device or "cpu")
+            check_cache(self.bundle, device or "cpu")
             self.bundle.check_model()
-            loaded = OrtBackend(self.bundle.model_path, device or "cpu", threads, self.bundle.groups)
+            results = [spec.name for spec in self.bundle.outputs]
+            loaded = OrtBackend(self.bundle.model_path, device or "cpu", threads, self.bundle.groups, results)
         self._check_graph(loaded, layout)
         self._gone = ""  # why the model cannot be used any more
         self._parts: tuple[Backend[Any], Bank[Any] | None] | None = (loaded, None)
@@ -195,8 +197,10 @@ class MultiAdapterModel:
                 add up. A single name or mapping holds for every row; None runs the base.
 
         Returns:
-            output name -> array. Rows whose adapter has fewer labels than the bundle's largest head hold about
-            `finfo(dtype).min / 2` in the columns beyond their own. Those of a bfloat16 bundle are float32.
+            output name -> array. Of a language model with a key-value cache what it computes of these tokens alone:
+            the cache starts empty and is not returned, and logits at padding mean nothing. Rows whose adapter has
+            fewer labels than the bundle's largest head hold about `finfo(dtype).min / 2` in the columns beyond their
+            own. Outputs of a bfloat16 bundle are float32.
 
         Raises:
             UnknownAdapterError: a name is not loaded.
@@ -210,6 +214,8 @@ class MultiAdapterModel:
                 f"the batch has {batch} rows, this model takes at most {self._max_batch}; "
                 "split it, or load the model with a larger max_batch"
             )
+        if self.bundle.cache is not None:
+            feeds |= _without_past(self.bundle.cache, feeds)
         if bank is None:
             if adapters is not None:
                 raise ConfigError("this bundle is merged: its adapter is part of the weights; pass adapters=None")
@@ -267,6 +273,8 @@ class MultiAdapterModel:
         taken = {spec.name for spec in self.bundle.inputs}
         try:
             feeds, batch = _check_inputs(self.bundle.inputs, {n: a for n, a in probe.inputs.items() if n in taken})
+            if self.bundle.cache is not None:
+                feeds |= _without_past(self.bundle.cache, feeds)
             outputs = backend.run(feeds | _selection([{name: 1.0}] * batch, {name: 1}), tensors)
         except SdctError as problem:
             raise BaseMismatchError(
@@ -290,6 +298,12 @@ class MultiAdapterModel:
             inputs[contract.ADAPTER_SCALES] = TensorSpec(contract.ADAPTER_SCALES, "float32", blend)
             inputs |= {n: TensorSpec(n, dtype.name, (contract.SLOTS, *shape)) for n, (dtype, shape) in layout.items()}
         outputs = {spec.name: spec for spec in self.bundle.outputs}
+        if (cache := self.bundle.cache) is not None:
+            token = (contract.BATCH, "sequence")
+            inputs[contract.POSITION_IDS] = TensorSpec(contract.POSITION_IDS, "int64", token)
+            part = (contract.BATCH, cache.kv_heads, "past", cache.head_size)
+            inputs |= {name: TensorSpec(name, cache.dtype, part) for name in cache.pasts}
+            outputs |= {name: TensorSpec(name, cache.dtype, part) for name in cache.presents}
         differ = sorted(set(inputs) ^ set(backend.inputs)) + sorted(set(outputs) ^ set(backend.outputs))
         if differ:
             self._disagree(differ[0], "which only one of them has")
@@ -378,6 +392,13 @@ def _selection(rows: Sequence[Mapping[str, float]], slots: Mapping[str, int]) ->
         for j, (name, scale) in enumerate(row.items()):
             ids[i, j], scales[i, j] = slots[name], scale
     return {contract.ADAPTER_IDS: ids, contract.ADAPTER_SCALES: scales}
+
+
+def _without_past(cache: contract.Cache, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """The inputs of the first step beside the tokens and their mask: positions, and a cache without tokens."""
+    places = np.maximum(np.cumsum(feeds[contract.ATTENTION_MASK] != 0, axis=1) - 1, 0)
+    empty = np.zeros((len(places), cache.kv_heads, 0, cache.head_size), DTYPE_NAMES[cache.dtype])
+    return {contract.POSITION_IDS: places.astype(np.int64)} | dict.fromkeys(cache.pasts, empty)
 
 
 def _check_inputs(

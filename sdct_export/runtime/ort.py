@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 
 from .. import native
-from ..adapter.entries import Array
+from ..adapter.entries import DTYPE_NAMES, Array
 from ..bundle.description import DATA_FILE, Bundle, TensorSpec
 from ..contract import Group
 from ..errors import AdapterFormatError, ConfigError, SdctError, UnsupportedError
+from ..plugin_choice import parse_version
 
 _NUMPY_NAMES = {"float": "float32", "double": "float64"}  # ONNX Runtime's names of element types where they differ
+_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
+_EXACT_WINDOWS = (1, 24)  # the first ONNX Runtime whose sliding windows are as long as asked for
 _BODY_NODES = 32 << 10  # bytes of the nodes of one projection in the portable body; seen: 25 to 31 KiB
 _BASE_NODES = 64 << 20  # what a base model may expand by itself
 _BYTES_PER_FILE_BYTE = 16
@@ -41,6 +44,7 @@ class OrtBackend:
         device: `cpu`, `cuda` or `cuda:N`.
         threads: threads within an operator, None for ONNX Runtime's choice.
         groups: those of the bundle, whose portable bodies the model may expand to (see `expansion_limit`).
+        results: names of the outputs that `run` returns, None for all.
 
     `graph` holds what the file says of the inputs and outputs. `native` says whether adapters run through the native
     operator; else it is the portable function in the file.
@@ -52,7 +56,12 @@ class OrtBackend:
     """
 
     def __init__(
-        self, model: Path, device: str = "cpu", threads: int | None = None, groups: Sequence[Group] = ()
+        self,
+        model: Path,
+        device: str = "cpu",
+        threads: int | None = None,
+        groups: Sequence[Group] = (),
+        results: Sequence[str] | None = None,
     ) -> None:
         onnxruntime = native.onnxruntime()
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
@@ -87,6 +96,7 @@ class OrtBackend:
         self.graph: Mapping[str, TensorSpec] | None = {value.name: _spec(value) for value in (*inputs, *outputs)}
         self.inputs: dict[str, tuple[int | str | None, ...]] = {i.name: tuple(i.shape) for i in inputs}
         self.outputs: tuple[str, ...] = tuple(o.name for o in outputs)
+        self._results = [name for name in self.outputs if results is None or name in results]
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> OrtTensor:
         """A bank tensor of zeros on the device. Raises `MemoryError`."""
@@ -115,13 +125,17 @@ class OrtBackend:
             target.value.update_inplace(target.host)
 
     def run(self, inputs: Mapping[str, Array], bank: Mapping[str, OrtTensor]) -> dict[str, Array]:
-        """All outputs as arrays in host memory. Raises `SdctError` where ONNX Runtime fails on these inputs."""
+        """The results as arrays in host memory. Raises `SdctError` where ONNX Runtime fails on these inputs."""
         binding = self._session.io_binding()
         for name, array in inputs.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+            if array.dtype == DTYPE_NAMES["bfloat16"]:  # which its interface does not know from numpy
+                value = self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), _BFLOAT16)
+                binding.bind_ortvalue_input(name, value)
+            else:
+                binding.bind_cpu_input(name, np.ascontiguousarray(array))
         for name, tensor in bank.items():
             binding.bind_ortvalue_input(name, tensor.value)
-        for name in self.outputs:
+        for name in self._results:
             binding.bind_output(name, "cpu")
         try:
             self._session.run_with_iobinding(binding)
@@ -132,7 +146,7 @@ class OrtBackend:
                 f"ONNX Runtime could not run the model on these inputs ({_first_line(error)}); "
                 "check token ids and lengths against the base model's limits"
             ) from error
-        return dict(zip(self.outputs, binding.copy_outputs_to_cpu(), strict=True))
+        return dict(zip(self._results, binding.copy_outputs_to_cpu(), strict=True))
 
     def _refuse_missing_kernel(self, model: Path, problem: str) -> None:
         """Raise `UnsupportedError` where `problem` is that no provider here computes some node in its types."""
@@ -176,6 +190,27 @@ def check_dtype(bundle: Bundle, device: str) -> None:
     if bundle.dtype not in ("float32", "float16", "bfloat16"):
         raise UnsupportedError(
             f"{bundle.path}: ONNX Runtime cannot run a {bundle.dtype} bundle; export it in float32 or float16"
+        )
+
+
+def check_cache(bundle: Bundle, device: str) -> None:
+    """Raise `UnsupportedError` where this ONNX Runtime computes the attention of a cached bundle otherwise, or not.
+
+    Its 1.23 counts a token's sliding window without the token itself, later ones with it, as everybody else.
+    """
+    cache = bundle.cache
+    if cache is None or cache.target != "ort":
+        return
+    version = str(native.onnxruntime().__version__)
+    if cache.windows and parse_version(version) < _EXACT_WINDOWS:
+        raise UnsupportedError(
+            f"{bundle.path}: sliding windows are one token too long in GroupQueryAttention of ONNX Runtime {version}; "
+            f"install {'.'.join(map(str, _EXACT_WINDOWS))} or newer, or export with --target standard"
+        )
+    if device != "cpu" and bundle.dtype == "float32":
+        raise UnsupportedError(
+            f"{bundle.path}: GroupQueryAttention of ONNX Runtime's CUDAExecutionProvider computes in float16 and "
+            "bfloat16 only; export with --dtype float16, with --target standard or with --no-cache"
         )
 
 

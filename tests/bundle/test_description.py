@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tiny_bundle import make_adapter, write_bundle
 
 from sdct_export.bundle.description import Bundle, adapter_sha256, file_sha256
+from sdct_export.contract import Cache
 from sdct_export.errors import AdapterFormatError, VerificationError
 
 
@@ -43,6 +44,15 @@ def test_round_trip(folder: Path, tmp_path: Path) -> None:
     assert first.adapter_path("a").is_dir()
 
 
+def test_round_trip_of_a_cache(folder: Path, tmp_path: Path) -> None:
+    bundle = read(tmp_path, description(folder) | {"cache": CACHE})
+    assert bundle.cache == Cache("ort", 2, 2, 8, "float32", (4,))
+    assert bundle.cache.pasts[1:3] == ("past_key_values.0.value", "past_key_values.1.key")
+    assert bundle.cache.presents[:2] == ("present.0.key", "present.0.value")
+    bundle.write(tmp_path)
+    assert Bundle.load(tmp_path) == bundle
+
+
 def test_adapter_hash_covers_both_files_and_their_border(folder: Path, tmp_path: Path) -> None:
     bundle = Bundle.load(folder)
     bundle.check_adapter("a")
@@ -59,6 +69,7 @@ def test_adapter_hash_covers_both_files_and_their_border(folder: Path, tmp_path:
         Bundle.load(copied).check_adapter("b")
 
 
+CACHE = {"target": "ort", "layers": 2, "kv_heads": 2, "head_size": 8, "dtype": "float32", "windows": [4]}
 WRONG: dict[str, tuple[tuple[str | int, ...], object, str]] = {
     "kind": (("kind",), "both", "multi or merged"),
     "task": (("task",), 3, "task must be a string"),
@@ -83,6 +94,14 @@ WRONG: dict[str, tuple[tuple[str | int, ...], object, str]] = {
     "adapter name": (("adapters", "../a"), {"sha256": "x", "labels": None}, "adapter name '../a' is not allowed"),
     "digest": (("module_digests", "float32", "block.q"), 1, "no float32 digest of module 'block.q'"),
     "unknown field": (("extra",), 1, "extra"),
+    "cache": (("cache",), "ort", "damaged description"),
+    "cache target": (("cache",), CACHE | {"target": "tensorrt"}, "target must be one of ort, standard"),
+    "cache layers": (("cache",), CACHE | {"layers": 0}, "layers must be a positive integer"),
+    "cache heads": (("cache",), CACHE | {"kv_heads": 1 << 20}, "kv_heads of a cache are at most 16384, got 1048576"),
+    "cache head size": (("cache",), CACHE | {"head_size": True}, "head_size must be a positive integer"),
+    "cache dtype": (("cache",), CACHE | {"dtype": "int8"}, "dtype of a cache must be one of"),
+    "cache windows": (("cache",), CACHE | {"windows": [0]}, "window must be a positive integer"),
+    "cache field": (("cache",), CACHE | {"extra": 1}, "extra"),
     "version": (("format_version",), 2, r"newer than this version reads \(1\)"),
     "version text": (("format_version",), "1", "positive integer"),
 }
@@ -104,7 +123,7 @@ def test_wrong_descriptions(folder: Path, tmp_path: Path, case: str) -> None:
 def test_every_field_is_needed(folder: Path, tmp_path: Path) -> None:
     raw = description(folder)
     # what older versions wrote lacks these
-    later = {"training_sha256", "model_class", "model_config", "max_tokens", "pooling", "weights"}
+    later = {"training_sha256", "model_class", "model_config", "max_tokens", "pooling", "weights", "cache"}
     assert later < set(raw)
     read(tmp_path, {key: value for key, value in raw.items() if key not in later})
     for name in set(raw) - later:

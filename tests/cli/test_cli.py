@@ -19,14 +19,18 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from families import FAMILIES
+from decoders import DECODERS
+from families import FAMILIES, random_adapter
 from make_adapters import golden
 from safetensors.numpy import load_file, save_file
 from tiny_bundle import make_adapter, make_inputs, reference, write_bundle, write_tokenizer
 
 from sdct_export import SdctAdapter, SdctConfig, get_sdct_model
+from sdct_export.bundle import Bundle
 from sdct_export.cli import main
 from sdct_export.cli.output import Main, print_json, print_table, printable
+from sdct_export.engine import prepare_graph
+from sdct_export.errors import UnsupportedError
 from sdct_export.runtime import MultiAdapterModel
 
 COMMANDS = ("project", "distill", "combine", "inspect", "verify", "build", "run", "doctor")
@@ -83,7 +87,10 @@ def test_export_options_are_checked_before_any_work(tmp_path: Path) -> None:
     assert "--merge takes one --adapter" in misused("--merge", "--adapter", "b", *base)
     assert "needs --merge" in misused("--format", "transformers", *base)
     assert "--dtype is for ONNX" in misused("--merge", "--format", "transformers", "--dtype", "float16", *base)
+    assert "--target is for --format onnx" in misused("--merge", "--format", "transformers", "--target", "ort", *base)
+    assert "'coreml' is not one of" in misused("--target", "coreml", *base)
     assert "do not go before 'verify'" in misused("--model", "m", "verify", "bundle")
+    assert "do not go before 'run'" in misused("--no-cache", "run", "bundle")
     assert "two adapters are called 'a'" in misused("--adapter", "x/a", *base)
     assert "names no folder" in misused("--adapter", "b=", *base)
     assert "'gguf' is not one of" in misused("--format", "gguf", *base)
@@ -513,3 +520,30 @@ def test_an_engine_without_tensorrt_is_refused_before_any_work(
                     "tensorrt")  # fmt: skip
     assert "needs the package tensorrt" in message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_language_model_gets_a_cache_unless_told_otherwise(tmp_path: Path) -> None:
+    family = DECODERS["llama"]
+    model = family.model()
+    model.save_pretrained(tmp_path / "base")
+    random_adapter(family, model, 1).save(tmp_path / "a")
+    args = ["--model", tmp_path / "base", "--adapter", tmp_path / "a", "--output"]
+    assert invoke_json(*args, tmp_path / "cached")["cache"] == "ort"
+    assert "cache: 2 layers, 2 heads of 8 in float32, target ort" in invoke("inspect", tmp_path / "cached").stdout
+    described = invoke_json("inspect", tmp_path / "cached")["cache"]
+    assert described == json.loads((tmp_path / "cached" / "sdct_bundle.json").read_text())["cache"]
+    assert invoke_json(*args, tmp_path / "plain", "--no-cache")["cache"] is None
+    assert "cache:" not in invoke("inspect", tmp_path / "plain").stdout
+    assert "no TensorRT engine with a key-value cache" in fails(*args, tmp_path / "out", "--target", "tensorrt")
+    assert "is about the cache" in fails(*args, tmp_path / "out", "--target", "standard", "--no-cache")
+    with pytest.raises(UnsupportedError, match="has a key-value cache, for which no engine can be built yet"):
+        prepare_graph(Bundle.load(tmp_path / "cached"))
+    assert not (tmp_path / "out").exists()
+    np.save(tmp_path / "ids.npy", np.arange(3, 11).reshape(2, 4))
+    np.save(tmp_path / "mask.npy", np.array([[1, 1, 1, 1], [0, 0, 1, 1]]))
+    files = [f"--input=input_ids={tmp_path / 'ids.npy'}", f"--input=attention_mask={tmp_path / 'mask.npy'}"]
+    one, other = (
+        np.array(invoke_json("run", tmp_path / name, *files, "--adapter", "a")["outputs"]["logits"])
+        for name in ("cached", "plain")
+    )
+    np.testing.assert_allclose(one[0], other[0], atol=1e-4)

@@ -52,10 +52,12 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
         family = families.FAMILIES[name]
         model = family.model()
         adapter = families.random_adapter(family, model, 1, labels=3 if family.saved else None)
-        found[name] = export_multi(model, {"a": adapter}, root / name, task_type=family.task)
+        found[name] = export_multi(model, {"a": adapter}, root / name, task_type=family.task, cache=False)
         if name in MERGED:
             plain = families.random_adapter(family, model, 2)
-            found[f"{name}-merged"] = export_merged(model, plain, root / f"{name}-merged", task_type=family.task)
+            found[f"{name}-merged"] = export_merged(
+                model, plain, root / f"{name}-merged", task_type=family.task, cache=False
+            )
     return found
 
 
@@ -68,9 +70,11 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
         family = families.FAMILIES[name]
         model = family.model()
         adapter = families.random_adapter(family, model, 1, labels=3 if family.saved else None)
-        found[name] = export_multi(model, {"a": adapter}, root / name, task_type=family.task, dtype="float16")
+        found[name] = export_multi(
+            model, {"a": adapter}, root / name, task_type=family.task, dtype="float16", cache=False
+        )
     plain = families.random_adapter(family, model, 2)
-    found["merged"] = export_merged(model, plain, root / "merged", task_type=family.task, dtype="float16")
+    found["merged"] = export_merged(model, plain, root / "merged", task_type=family.task, dtype="float16", cache=False)
     return found
 
 

@@ -44,11 +44,13 @@ def make(folder: Path) -> None:
         for dtype in DTYPES:
             case = folder / f"{name}-{dtype}"
             shipped = {key: adapters[key] for key in ("a", "b")}
-            export_multi(model, shipped, case / "bundle", task_type=family.task, dtype=dtype)
+            export_multi(model, shipped, case / "bundle", task_type=family.task, dtype=dtype, cache=False)
             adapters["hot"].save(case / "hot")
             finish(case, CASES, folder / f"{name}-float32" if dtype == "bfloat16" else case)
         plain = families.random_adapter(family, model, 7)
-        export_merged(model, plain, folder / f"{name}-merged" / "bundle", task_type=family.task, dtype="float32")
+        export_merged(
+            model, plain, folder / f"{name}-merged" / "bundle", task_type=family.task, dtype="float32", cache=False
+        )
         merged = folder / f"{name}-merged"
         finish(merged, {"merged": None}, merged)
 

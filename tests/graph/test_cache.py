@@ -263,6 +263,34 @@ def test_merged_models_have_a_cache_too(tmp_path: Path) -> None:
         export_merged(model, adapters["a"], tmp_path / "out", cache=False, target="ort")
 
 
+def test_adapters_on_every_linear_layer_and_an_output_layer_of_their_own(tmp_path: Path) -> None:
+    layers = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    family = dataclasses.replace(DECODERS["llama"], targets=layers, saved=("lm_head",))
+    model = family.model()
+    adapters = adapters_of(family, model)
+    head = np.random.default_rng(1).normal(scale=0.2, size=model.lm_head.weight.shape).astype(np.float32)
+    adapters["b"] = dataclasses.replace(
+        adapters["b"],
+        saved={"lm_head.weight": head},
+        config=dataclasses.replace(adapters["b"].config, modules_to_save=("lm_head",)),
+    )
+    bundle = export_multi(model, adapters, tmp_path / "out")
+    assert len(bundle.groups) == 2 * 4
+    assert [head.module for head in bundle.heads] == ["lm_head"]
+    tokens = random_rows([length + 1 for length in LENGTHS], seed=12)
+    want = torch_logits(model, tokens, ROWS, adapters)
+    assert bundle.cache is not None
+    steps = Steps(session(bundle.model_path), bundle.cache, feeds(bundle, ROWS, adapters))
+    logits = steps.step(*padded([row[:-1] for row in tokens], "left"), last=True)
+    for i, expected in enumerate(want):
+        np.testing.assert_allclose(logits[i, 0], expected[-2], atol=1e-4, rtol=0)
+    logits = steps.step(np.array([[row[-1]] for row in tokens]), np.ones((len(ROWS), 1), np.int64))
+    for i, expected in enumerate(want):
+        np.testing.assert_allclose(logits[i, 0], expected[-1], atol=1e-4, rtol=0)
+    report = verify(bundle.path, model)
+    assert report.ok, [check for check in report.checks if not check.ok]
+
+
 def test_float16_stays_near_float32(tmp_path: Path) -> None:
     exported = make(DECODERS["llama"], "ort", tmp_path, dtype="float16")
     assert exported.bundle.cache is not None

@@ -27,7 +27,9 @@ from ..bundle.packing import Layout, bank_layout, label_count, most_bytes, pack
 from ..errors import AdapterFormatError, BaseMismatchError, ConfigError, SdctError, UnsupportedError
 from ..files import check_adapter_name
 from .bank import AdapterInfo, Bank, Memory
+from .generation import Generation, check_count, check_seeds, check_stops, generate
 from .ort import OrtBackend, check_cache, check_dtype
+from .prompts import decode, encode_prompts, read_defaults
 
 Selection = str | None | Mapping[str, float]  # the adapters of one batch row
 
@@ -35,6 +37,7 @@ DEFAULT_MAX_SLOTS = 256
 # A runtime keeps the memory of its largest batch: 60,000 rows left 1.4 GB behind. No machine gains from batches this
 # large any more, and test sets of common size still pass in one call.
 DEFAULT_MAX_BATCH = 1024
+_MERGED = "this bundle is merged: its adapter is part of the weights; pass adapters=None"
 _MAX_SCALE = float(np.finfo(np.float32).max)
 
 T = TypeVar("T")
@@ -209,16 +212,12 @@ class MultiAdapterModel:
         """
         backend, bank = self._open()
         feeds, batch = _check_inputs(self.bundle.inputs, inputs, self.bundle.max_tokens)
-        if self._max_batch is not None and batch > self._max_batch:
-            raise ConfigError(
-                f"the batch has {batch} rows, this model takes at most {self._max_batch}; "
-                "split it, or load the model with a larger max_batch"
-            )
+        self._check_batch(batch)
         if self.bundle.cache is not None:
             feeds |= _without_past(self.bundle.cache, feeds)
         if bank is None:
             if adapters is not None:
-                raise ConfigError("this bundle is merged: its adapter is part of the weights; pass adapters=None")
+                raise ConfigError(_MERGED)
             return backend.run(feeds, {})
         rows = _check_adapters(adapters, batch)
         lease = bank.lease(name for row in rows for name in row)
@@ -227,6 +226,98 @@ class MultiAdapterModel:
                 return backend.run(feeds | _selection(rows, lease.slots), lease.tensors)
         finally:
             lease.release()  # again: an exception may come before the way out of `with`
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        adapters: Selection | Sequence[Selection] = None,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        stop_tokens: Sequence[int] | None = None,
+    ) -> list[Generation]:
+        """Go on from each prompt, all rows at once, until each has ended.
+
+        What is None is what the base's `generation_config.json` says, greedy where that says nothing (see `Sampling`).
+        A row's tokens depend on its prompt, adapters and seed alone, up to the rounding of sums in a batch.
+
+        Args:
+            prompts: texts, which the bundle's tokenizer encodes, or token ids; of any lengths.
+            adapters: one entry per prompt, or one for all, as in `run`.
+            max_new_tokens: most tokens that a row gets.
+            temperature: see `Sampling`, as for the four that follow.
+            top_k: only the most probable tokens, so many.
+            top_p: only the most probable tokens, of this probability together.
+            min_p: only tokens this probable, measured by the most probable one.
+            repetition_penalty: above 1 for fewer repetitions.
+            seed: row `i` draws from `seed + i`; or one seed a row; None for numbers that nobody can repeat.
+            stop_tokens: ids that end a row; default: the end-of-sequence tokens of the base.
+
+        Raises:
+            UnknownAdapterError: a name is not loaded.
+            ConfigError: the bundle has no cache; a prompt is empty, or too long together with `max_new_tokens`; a
+                number is out of its range.
+            SdctError: the model gives NaN; names the row. Or the backend failed, or the model is closed.
+        """
+        backend, bank = self._open()
+        cache = self.bundle.cache
+        if cache is None or not isinstance(backend, OrtBackend):
+            raise ConfigError(
+                "this bundle has no key-value cache, which generate needs; export a causal language model without "
+                "--no-cache, and run it with ONNX Runtime"
+            )
+        check_count(max_new_tokens)
+        defaults = read_defaults(self.bundle)
+        given = {
+            "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+        }  # fmt: skip
+        sampling = defaults.sampling(given)
+        tokens = encode_prompts(self.bundle, prompts)
+        self._check_batch(len(tokens))
+        longest = max(map(len, tokens)) + max_new_tokens
+        if self.bundle.max_tokens is not None and longest > self.bundle.max_tokens:
+            raise ConfigError(
+                f"the longest prompt and {max_new_tokens} new tokens are {longest} in all, this model takes at most "
+                f"{self.bundle.max_tokens}; ask for fewer, or cut the prompt"
+            )
+        seeds = check_seeds(seed, len(tokens))
+        stops = defaults.stops if stop_tokens is None else check_stops(stop_tokens)
+        rows = _check_adapters(adapters, len(tokens)) if bank is not None or adapters is not None else []
+        if bank is None and adapters is not None:
+            raise ConfigError(_MERGED)
+        try:
+            steps = backend.steps(cache, len(tokens), longest)
+        except MemoryError as error:
+            raise ConfigError(
+                f"there is no memory for the cache of {len(tokens)} rows of {longest} tokens; ask for fewer"
+            ) from error
+        if bank is None:
+            found = generate(lambda feeds: steps.run(feeds, {}), tokens, sampling, max_new_tokens, stops, seeds)
+            return decode(self.bundle, found, stops)
+        lease = bank.lease(name for row in rows for name in row)
+        try:
+            with lease:
+                chosen, tensors = _selection(rows, lease.slots), lease.tensors
+                found = generate(
+                    lambda feeds: steps.run({**feeds, **chosen}, tensors),
+                    tokens, sampling, max_new_tokens, stops, seeds,
+                )  # fmt: skip
+        finally:
+            lease.release()  # again: an exception may come before the way out of `with`
+        return decode(self.bundle, found, stops)
+
+    def _check_batch(self, batch: int) -> None:
+        if self._max_batch is not None and batch > self._max_batch:
+            raise ConfigError(
+                f"the batch has {batch} rows, this model takes at most {self._max_batch}; "
+                "split it, or load the model with a larger max_batch"
+            )
 
     def _require_bank(self) -> Bank[Any]:
         bank = self._open()[1]

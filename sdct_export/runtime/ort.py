@@ -16,7 +16,7 @@ import numpy as np
 from .. import native
 from ..adapter.entries import DTYPE_NAMES, Array
 from ..bundle.description import DATA_FILE, Bundle, TensorSpec
-from ..contract import Group
+from ..contract import Cache, Group
 from ..errors import AdapterFormatError, ConfigError, SdctError, UnsupportedError
 from ..plugin_choice import parse_version
 
@@ -137,6 +137,10 @@ class OrtBackend:
             binding.bind_ortvalue_input(name, tensor.value)
         for name in self._results:
             binding.bind_output(name, "cpu")
+        self._run(binding)
+        return dict(zip(self._results, binding.copy_outputs_to_cpu(), strict=True))
+
+    def _run(self, binding: Any) -> None:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
@@ -146,7 +150,10 @@ class OrtBackend:
                 f"ONNX Runtime could not run the model on these inputs ({_first_line(error)}); "
                 "check token ids and lengths against the base model's limits"
             ) from error
-        return dict(zip(self._results, binding.copy_outputs_to_cpu(), strict=True))
+
+    def steps(self, cache: Cache, batch: int, tokens: int) -> OrtSteps:
+        """An empty cache on the device for `batch` rows of at most `tokens`. Raises `MemoryError`."""
+        return OrtSteps(self, cache, batch, tokens)
 
     def _refuse_missing_kernel(self, model: Path, problem: str) -> None:
         """Raise `UnsupportedError` where `problem` is that no provider here computes some node in its types."""
@@ -174,6 +181,47 @@ class OrtBackend:
             ("CUDAExecutionProvider", {"device_id": str(self._device_id), "use_tf32": "0"}),
             "CPUExecutionProvider",
         ]
+
+
+class OrtSteps:
+    """The key-value cache of one batch, and its next step.
+
+    With target `ort` past and present are one buffer a layer, as long as the batch may become; else each step leaves
+    new ones behind.
+    """
+
+    def __init__(self, backend: OrtBackend, cache: Cache, batch: int, tokens: int) -> None:
+        self._backend, self._cache, self._shared = backend, cache, cache.target == "ort"
+        shape = (batch, cache.kv_heads, tokens if self._shared else 0, cache.head_size)
+        kind = _BFLOAT16 if cache.dtype == "bfloat16" else np.dtype(cache.dtype)
+        device = (backend._device, backend._device_id)
+        value = backend._ort.OrtValue
+        try:  # what lies in them does not matter: no step reads a column that none has written
+            self._pasts = [value.ortvalue_from_shape_and_type(shape, kind, *device) for _ in cache.pasts]
+        except Exception as error:
+            raise MemoryError(_first_line(error)) from error
+
+    def run(self, inputs: Mapping[str, Array], bank: Mapping[str, OrtTensor]) -> Array:
+        """Logits in host memory; the cache then holds the tokens of `inputs`, too. Raises `SdctError`."""
+        backend, cache = self._backend, self._cache
+        binding = backend._session.io_binding()
+        values = {n: backend._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for n, a in inputs.items()}
+        for name, value in values.items():  # `bind_cpu_input` does not find an input that has a default
+            binding.bind_ortvalue_input(name, value)
+        for name, tensor in bank.items():
+            binding.bind_ortvalue_input(name, tensor.value)
+        binding.bind_output("logits", "cpu")
+        for past, present, value in zip(cache.pasts, cache.presents, self._pasts, strict=True):
+            binding.bind_ortvalue_input(past, value)
+            if self._shared:
+                binding.bind_ortvalue_output(present, value)
+            else:
+                binding.bind_output(present, backend._device, backend._device_id)
+        backend._run(binding)
+        logits, *presents = binding.get_outputs()
+        self._pasts = self._pasts if self._shared else presents
+        result: Array = logits.numpy()
+        return result
 
 
 def check_dtype(bundle: Bundle, device: str) -> None:

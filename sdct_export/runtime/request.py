@@ -25,6 +25,7 @@ _CLASSIFIERS = ("SEQ_CLS", "IMAGE_CLS")
 _LARGEST_HEADER = 20_000  # of a .npy file; numpy's own limit is 10,000
 _MOST_DIMENSIONS = 32
 _LARGEST_JSON = 16 << 20
+TOKENIZER = "tokenizer.json"
 _LARGEST_TOKENIZER = 256 << 20
 _LARGEST_LENGTH = 1 << 20  # tokenizers without a limit record an astronomical one
 
@@ -60,13 +61,9 @@ def encode_text(bundle: Bundle, texts: Sequence[str], pairs: Sequence[str] | Non
 
     if pairs is not None and len(pairs) != len(texts):
         raise ConfigError(f"there are {len(texts)} texts but {len(pairs)} second texts; give one for each")
-    file = bundle.path / "tokenizer.json"
-    if not os.path.lexists(file):
-        raise ConfigError(f"{bundle.path} has no tokenizer.json; pass arrays instead, e.g. --input input_ids=ids.npy")
-    data = read_input(file, _LARGEST_TOKENIZER, AdapterFormatError, "export the bundle again")
-    for text in [*texts, *(pairs or ())]:
-        if any(0xD800 <= ord(c) <= 0xDFFF for c in text):
-            raise ConfigError(f"the text {text!r} holds bytes that are no UTF-8; give it in UTF-8")
+    file = bundle.path / TOKENIZER
+    told = "pass arrays instead, e.g. --input input_ids=ids.npy"
+    data = _read_tokenizer(bundle, [*texts, *(pairs or ())], told)
     settings = _read_json(bundle.path / "tokenizer_config.json")
     limit = settings.get("model_max_length")
     if not isinstance(limit, int) or not 0 < limit < _LARGEST_LENGTH:
@@ -75,7 +72,7 @@ def encode_text(bundle: Bundle, texts: Sequence[str], pairs: Sequence[str] | Non
         limit = min(limit, bundle.max_tokens) if isinstance(limit, int) and limit > 0 else bundle.max_tokens
     token = settings.get("pad_token")
     token = token.get("content") if isinstance(token, dict) else token
-    with _tokenizing(file):
+    with tokenizing(file):
         tokenizer = Tokenizer.from_buffer(data)
         if bundle.pooling:
             texts = _prepare_sentences(bundle, tokenizer, texts, settings)
@@ -112,6 +109,34 @@ def encode_text(bundle: Bundle, texts: Sequence[str], pairs: Sequence[str] | Non
     if "attention_mask" not in names and not all(all(e.attention_mask) for e in encoded):
         raise ConfigError("this bundle takes no attention_mask, so all texts need the same number of tokens")
     return {name: np.asarray(known[name], dtype=np.int64) for name in names}
+
+
+def tokenizer_of(bundle: Bundle, texts: Sequence[str]) -> Any:
+    """The bundle's tokenizer for prompts: nothing is cut or padded.
+
+    Raises:
+        ConfigError: the bundle has none, or one of `texts` is no UTF-8.
+        AdapterFormatError: `tokenizer.json` is damaged.
+    """
+    from tokenizers import Tokenizer
+
+    data = _read_tokenizer(bundle, texts, "pass token ids instead")
+    with tokenizing(bundle.path / TOKENIZER):
+        tokenizer = Tokenizer.from_buffer(data)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    return tokenizer
+
+
+def _read_tokenizer(bundle: Bundle, texts: Sequence[str], instead: str) -> bytes:
+    file = bundle.path / TOKENIZER
+    if not os.path.lexists(file):
+        raise ConfigError(f"{bundle.path} has no {TOKENIZER}; {instead}")
+    data = read_input(file, _LARGEST_TOKENIZER, AdapterFormatError, "export the bundle again")
+    for text in texts:
+        if any(0xD800 <= ord(c) <= 0xDFFF for c in text):
+            raise ConfigError(f"the text {text!r} holds bytes that are no UTF-8; give it in UTF-8")
+    return data
 
 
 def _prepare_sentences(bundle: Bundle, tokenizer: Any, texts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
@@ -159,7 +184,7 @@ def cosines(outputs: Mapping[str, Array]) -> tuple[Array, Array] | None:
 
 
 @contextlib.contextmanager
-def _tokenizing(file: Path) -> Iterator[None]:
+def tokenizing(file: Path) -> Iterator[None]:
     """Whatever tokenizers raises on a damaged `file` becomes an `AdapterFormatError`."""
     try:
         yield

@@ -167,7 +167,7 @@ def test_past_and_present_may_share_a_buffer(llama: Exported) -> None:
     rows: list[dict[str, float]] = [{"a": 1.0}, {}]
     want = torch_logits(llama.model, tokens, rows, llama.adapters)
     shape = (2, cache.kv_heads, 16, cache.head_size)
-    buffers = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for name in cache.pasts}
+    buffers = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.full(shape, np.nan, "f")) for name in cache.pasts}
     mask = np.zeros((2, 0), np.int64)
     for start, end in ((0, 2), (2, 3), (3, 4)):
         mask = np.concatenate([mask, np.ones((2, end - start), np.int64)], 1)

@@ -50,6 +50,8 @@ class Attention:
     windows: set[int] = dataclasses.field(default_factory=set)
     biases: dict[int | None, Tensor] = dataclasses.field(default_factory=dict)
     layer: int | None = None  # the one that has just handed over its keys
+    turning: bool = False  # rotary positions are those of `rotary`; while checking, as far as seen
+    tables: dict[int, Any] = dataclasses.field(default_factory=dict)  # of `rotary`
 
     @functools.cached_property
     def counts(self) -> tuple[Tensor, Tensor]:

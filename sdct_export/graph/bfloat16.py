@@ -22,9 +22,9 @@ KERNELS = frozenset({
     "Abs", "Add", "Cast", "Compress", "Concat", "Constant", "ConstantOfShape", "Div", "Dropout", "Erf", "Exp",
     "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Gemm", "GroupQueryAttention", "Identity", "If",
     "IsNaN", "LayerNormalization", "Loop", "MatMul", "Max", "Min", "Mod", "Mul", "Neg", "RMSNormalization",
-    "ReduceSum", "Relu", "Reshape", "Scan", "ScatterElements", "ScatterND", "Shape", "Sigmoid", "Sign", "Size",
-    "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Tanh", "Tile", "Transpose", "Trilu",
-    "Unsqueeze", "Where",
+    "ReduceSum", "Relu", "Reshape", "RotaryEmbedding", "Scan", "ScatterElements", "ScatterND", "Shape", "Sigmoid",
+    "Sign", "Size", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Tanh", "Tile", "Transpose",
+    "Trilu", "Unsqueeze", "Where",
 })  # fmt: skip
 
 

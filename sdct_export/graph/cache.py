@@ -23,6 +23,7 @@ from ..errors import ConfigError, UnsupportedError, an
 from .attention import NAME, Attention, Handover, active
 from .function_body import Ops
 from .match import SCOPES
+from .rotary import folded
 from .trace import SEQUENCE, converted, quiet
 
 _KEPT, _PAST, _TOTAL = "kept", "past", "total"  # symbolic dimensions
@@ -41,9 +42,9 @@ class _Decoder(nn.Module):
     and `kept [batch, kept]` counts them; else it counts columns.
     """
 
-    def __init__(self, model: nn.Module, target: str, *, checking: bool = False) -> None:
+    def __init__(self, model: nn.Module, target: str, *, checking: bool = False, turning: bool = False) -> None:
         super().__init__()
-        self.model, self._target, self._checking = model, target, checking
+        self.model, self._target, self._checking, self.turning = model, target, checking, turning
 
     def forward(
         self,
@@ -61,6 +62,7 @@ class _Decoder(nn.Module):
             input_ids, position_ids = input_ids.gather(1, order), position_ids.gather(1, order)
         pairs = None if pasts is None else list(zip(pasts[::2], pasts[1::2], strict=True))
         self.attention = attention = Attention(self._target, pairs, seen, length, self._checking)
+        attention.turning = self.turning
 
         def keep(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return args[0][torch.arange(batch)[:, None], kept], *args[1:]
@@ -78,6 +80,7 @@ class _Decoder(nn.Module):
         finally:
             active.pop()
             hook.remove()
+        self.turning = attention.turning
         return logits, *(part for layer in sorted(attention.presents) for part in attention.presents[layer])
 
 
@@ -105,10 +108,10 @@ def trace_decoder(model: nn.Module, target: str | None = None) -> tuple[ir.Model
         )
     if target not in (None, *TARGETS):
         raise ConfigError(f"target must be one of {', '.join(TARGETS)} or tensorrt, got {target!r}")
-    with quiet(), _through_us(model):
-        shapes, windows = _compare(model)
+    with quiet(), _through_us(model), folded(model):
+        shapes, windows, turning = _compare(model)
         cache = _cache_of(model, target, shapes, windows)
-        graph = _convert(model, cache)
+        graph = _convert(model, cache, turning and cache.target == "ort")
     kind = getattr(getattr(model, "config", None), "model_type", "")
     if kind not in _TESTED:
         warnings.warn(
@@ -140,8 +143,10 @@ def _through_us(model: nn.Module) -> Iterator[None]:
             tunable.set_attn_implementation(before)
 
 
-def _compare(model: nn.Module) -> tuple[set[tuple[int, ...]], set[int]]:
-    """Shapes of a layer's keys without the tokens, and the windows; refuses what is none of this file's attention.
+def _compare(model: nn.Module) -> tuple[set[tuple[int, ...]], set[int], bool]:
+    """Shapes of a layer's keys without the tokens, the windows, and whether it turns as `rotary` does.
+
+    Refuses what is none of this file's attention.
 
     The model runs without a cache as it came, then with one through `attend`: a prefill of six tokens, of the second
     row two are padding on the left, then two steps of one.
@@ -152,7 +157,7 @@ def _compare(model: nn.Module) -> tuple[set[tuple[int, ...]], set[int]]:
     mask = torch.ones_like(ids)
     mask[1, :2] = 0
     places = (mask.cumsum(1) - 1).clamp(min=0)
-    decoder = _Decoder(model, "standard", checking=True)
+    decoder = _Decoder(model, "standard", checking=True, turning=True)
     want, logits, pasts, reason = [], [], None, ""
     try:
         want = [run_model(model, {INPUT_IDS: ids[:1]}), run_model(model, {INPUT_IDS: ids[1:, 2:]})]
@@ -180,7 +185,7 @@ def _compare(model: nn.Module) -> tuple[set[tuple[int, ...]], set[int]]:
     layers = sorted(decoder.attention.presents)
     if layers != list(range(len(layers))):
         _refuse(model, f"only its layers {', '.join(map(str, layers))} have keys of their own")
-    return {(len(layers), *past.shape[1::2]) for past in pasts}, decoder.attention.windows
+    return {(len(layers), *past.shape[1::2]) for past in pasts}, decoder.attention.windows, decoder.turning
 
 
 def _refuse(model: nn.Module, reason: str) -> NoReturn:
@@ -202,7 +207,7 @@ def _cache_of(model: nn.Module, target: str | None, shapes: set[tuple[int, ...]]
     return Cache(target, layers, heads, size, dtype, tuple(sorted(windows)))
 
 
-def _convert(model: nn.Module, cache: Cache) -> ir.Model:
+def _convert(model: nn.Module, cache: Cache, turning: bool) -> ir.Model:
     """The graph with `kept [batch, kept]` as an input: which tokens get logits."""
     batch, past, length, kept = 2, 5, 3, 4  # all different, or torch takes two dimensions for one
     ids = torch.zeros(batch, length, dtype=torch.int64)
@@ -225,7 +230,7 @@ def _convert(model: nn.Module, cache: Cache) -> ir.Model:
     def convert() -> torch.onnx.ONNXProgram | None:
         with torch.no_grad():
             return torch.onnx.export(
-                _Decoder(model, cache.target),
+                _Decoder(model, cache.target, turning=turning),
                 arguments,
                 input_names=names,
                 output_names=["logits", *cache.presents],

@@ -17,6 +17,7 @@ from ..base.reference import run_model, sample_inputs
 from ..contract import BATCH
 from ..errors import UnsupportedError
 from .match import SCOPES
+from .tidy import Tidy
 
 SEQUENCE = "sequence"
 _NOISY = ("transformers", "torch", "torch.onnx", "torch.export", "torch._export", "torch.fx", "onnxscript", "onnx_ir")
@@ -66,6 +67,7 @@ def converted(model: nn.Module, convert: Callable[[], torch.onnx.ONNXProgram | N
             raise UnsupportedError(_problem(model, stack, error)) from error
     assert onnx is not None
     _strip(onnx.model)
+    Tidy()(onnx.model)
     return onnx.model
 
 

@@ -52,6 +52,8 @@ import dataclasses
 import os.path
 from collections.abc import Sequence
 
+from .errors import ConfigError
+
 DOMAIN = "sdct"
 OP_TYPE = "SpectralDelta"
 OP_VERSION = 1
@@ -125,6 +127,49 @@ class Cache:
     def presents(self) -> tuple[str, ...]:
         """Names of the outputs with the cache, in the order of `pasts`."""
         return tuple(f"present.{i}.{part}" for i in range(self.layers) for part in ("key", "value"))
+
+
+BITS = {"int8": 8, "int4": 4}  # what weights can be quantized to, under the names of the command line
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+ACCURACY_LEVELS = (1, 4)  # ONNX Runtime's numbers of those that its CPU provider tells apart
+MARGIN = 3.0  # times what quantization did to the outputs at export is what it may do on other inputs or adapters
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """How the base's linear layers are quantized: ONNX Runtime's `MatMulNBits`, blocks of `block_size` along `d_in`.
+
+        y = x W^T,  W[n, k] = scale[n, b] * (q[n, k] - zero[n, b]),  b = k // block_size,  q of `bits` bits
+
+    Args:
+        bits: 8 or 4.
+        block_size: elements of a row of `W` that share a scale and a zero point.
+        accuracy_level: 1 multiplies in float32; 4 rounds `x` to 8 bits first, block by block, by its largest element.
+        modules: the layers, by their paths.
+        rounding: how far that rounding of `x` moved the outputs at export, in `probe.difference`'s measure.
+        change: how far all of it moved them from the float model's, in the measure of training probes.
+    """
+
+    bits: int
+    block_size: int = 32
+    accuracy_level: int = 4
+    modules: tuple[str, ...] = ()
+    rounding: float = 0.0
+    change: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("bits", self.bits, tuple(BITS.values())),
+            ("block_size", self.block_size, BLOCK_SIZES),
+            ("accuracy_level", self.accuracy_level, ACCURACY_LEVELS),
+        ):
+            if isinstance(value, bool) or value not in known:
+                raise ConfigError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
+
+    @property
+    def name(self) -> str:
+        """`int8` or `int4`."""
+        return f"int{self.bits}"
 
 
 def group_name(modules: Sequence[str]) -> str:

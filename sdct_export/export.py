@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import nn
@@ -20,9 +19,9 @@ from . import native
 from .adapter.adapter import SdctAdapter
 from .adapter.entries import DTYPE_NAMES
 from .adapter.folder import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE, write_training
-from .base.model import check_base, find_linear, linear_shape, load_base, model_digests, model_hash, to_numpy
+from .base.model import check_base, find_linear, linear_shape, load_base, model_digests, model_hash
 from .base.model import task_type as task_type_of
-from .base.reference import most_tokens, run_rows, sample_inputs
+from .base.reference import most_tokens
 from .base.sentence import Tail, add_tail, body_folder, load_tail, refuse_whole, settings_files
 from .base.training import (
     check_record,
@@ -38,7 +37,6 @@ from .bundle.description import (
     ADAPTERS_FOLDER,
     DATA_FILE,
     MODEL_FILE,
-    PROBE_FILE,
     AdapterRecord,
     Bundle,
     TensorSpec,
@@ -47,19 +45,19 @@ from .bundle.description import (
     training_sha256,
 )
 from .bundle.onnx_adapter import SUFFIX, write_onnx_adapter
-from .bundle.probe import Case, Probe, Row, sample_indices, without_padding
-from .contract import ATTENTION_MASK, BATCH, INPUT_IDS, Cache, Group, Head
+from .bundle.recording import record_probe
+from .contract import ATTENTION_MASK, BATCH, BITS, INPUT_IDS, Cache, Group, Head, Quantization
 from .errors import AdapterFormatError, BaseMismatchError, ConfigError, UnsupportedError, an
 from .files import check_adapter_name, copy_inside, folder_name, new_folder
 from .graph.bfloat16 import FitBfloat16
 from .graph.insert import InsertAdapters
+from .graph.quantization import QuantizeWeights, linear_layers
 from .graph.trace import SEQUENCE, trace
 from .tuning.layer import SdctLayer
 from .tuning.model import SdctModel
 
 AdapterLike = SdctAdapter | str | Path
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PROBED_ADAPTERS = 8
 LEAST_KEPT = 0.9  # of a merged change, by `Merged.kept`; below that a warning says so
 # what serving needs of a base folder, beside its weights and config
 _COPIED = (
@@ -96,6 +94,9 @@ def export_merged(
     dtype: str | None = None,
     cache: bool | None = None,
     target: str | None = None,
+    quantize: str | None = None,
+    block_size: int | None = None,
+    accuracy_level: int | None = None,
 ) -> Bundle:
     """Write a bundle whose `model.onnx` has `adapter` merged into its weights; it runs like any ONNX model.
 
@@ -113,20 +114,27 @@ def export_merged(
         cache: whether the graph has a key-value cache (see `contract`); default: for a causal language model.
         target: who computes the attention of a graph with a cache, `ort` or `standard` (see `contract.Cache`);
             default: `ort` where its operator takes the model.
+        quantize: `int8` or `int4`: the linear layers, after the merge, by ONNX Runtime's quantizer; what `dtype` says
+            is then the type of all else, float32 or float16. Heads stay as they are. For ONNX Runtime only.
+        block_size: 16, 32, 64, 128 or 256: how many elements share a scale; default 32.
+        accuracy_level: ONNX Runtime's number for how it multiplies: 4 rounds what is multiplied to 8 bits, too (the
+            default, fast), 1 does not (slow on a CPU, with int8 very slow).
 
     Raises:
+        ConfigError: a setting has no such value.
         AdapterFormatError, BaseMismatchError: the adapter is damaged, or does not fit the base.
         UnsupportedError: the model cannot be exported; names the module and the reason.
         OutputError: `output` exists, or cannot be written.
     """
     from .weights.merging import merge
 
+    settings = _quantization(quantize, block_size, accuracy_level)
     if adapter is None and isinstance(model, SdctModel):
         adapter = model.active
     named = {name: _load(a) for name, a in _named(model, [adapter]).items()}
     base = _prepare(model, named, task_type, model_class)
     (merged,) = named.values()
-    exported = _export_dtype(base, dtype)
+    exported = _export_dtype(base, dtype, settings)
     cached = _is_cached(base, cache, target)
     change = merge(base.model.float(), merged)
     kept = change.kept(merged.modules, DTYPES[exported]) if exported != "float32" else 1.0
@@ -144,10 +152,11 @@ def export_merged(
     _complete(base, exported)
     with new_folder(output) as folder:
         graph, layout = _trace(base, exported, cached, target)
+        settings = _quantize(graph, base, {"": merged}, settings)
         if merged.trained_on is not None:
             write_training(folder, merged.trained_on)
-        _write(folder, "merged", base, exported, graph, len(graph.graph.inputs), layout, (), (), {})
-        _record(base.model.float(), {}, folder, cached)  # in place: the graph shared these weights
+        _write(folder, "merged", base, exported, graph, len(graph.graph.inputs), layout, (), (), {}, settings)
+        record_probe(base.model.float(), {}, folder)  # in place: the graph shared these weights
     return Bundle.load(output)
 
 
@@ -161,6 +170,9 @@ def export_multi(
     dtype: str | None = None,
     cache: bool | None = None,
     target: str | None = None,
+    quantize: str | None = None,
+    block_size: int | None = None,
+    accuracy_level: int | None = None,
 ) -> Bundle:
     """Write a bundle in which every batch row picks its own adapters (see `contract`).
 
@@ -180,15 +192,22 @@ def export_multi(
         cache: whether the graph has a key-value cache (see `contract`); default: for a causal language model.
         target: who computes the attention of a graph with a cache, `ort` or `standard` (see `contract.Cache`);
             default: `ort` where its operator takes the model.
+        quantize: `int8` or `int4`: the base's linear layers, by ONNX Runtime's quantizer; what `dtype` says is then
+            the type of all else, float32 or float16. Adapters and heads stay as they are. For ONNX Runtime only.
+        block_size: 16, 32, 64, 128 or 256: how many elements share a scale; default 32.
+        accuracy_level: ONNX Runtime's number for how it multiplies: 4 rounds what is multiplied to 8 bits, too (the
+            default, fast), 1 does not (slow on a CPU, with int8 very slow).
 
     Raises:
-        ConfigError: no adapter, a name that is not allowed, or adapters of different tasks.
+        ConfigError: no adapter, a name that is not allowed, adapters of different tasks, or a setting that has no such
+            value.
         AdapterFormatError, BaseMismatchError: an adapter is damaged, or does not fit the base.
         UnsupportedError: the model or a saved module cannot be exported; names the module and the reason. Or ONNX
             Runtime is not installed.
         OutputError: `output` exists, or cannot be written.
     """
     native.onnxruntime()  # writes the `.onnx_adapter` files in the end
+    settings = _quantization(quantize, block_size, accuracy_level)
     sources = _named(model, adapters)
     if not sources:
         raise ConfigError("a multi-adapter export needs at least one adapter, to know which modules to prepare")
@@ -197,7 +216,7 @@ def export_multi(
     base = _prepare(model, named, task_type, model_class)
     heads = _heads(base.model, named)
     capacity = {m: max(a.modules[m].n for a in named.values() if m in a.modules) for m in base.shapes}
-    exported = _export_dtype(base, dtype)
+    exported = _export_dtype(base, dtype, settings)
     cached = _is_cached(base, cache, target)
     _complete(base, exported)
     with new_folder(output) as folder:
@@ -205,10 +224,14 @@ def export_multi(
         own_inputs = len(graph.graph.inputs)
         insertion = InsertAdapters(base.shapes, capacity, heads)
         insertion(graph)
+        settings = _quantize(graph, base, named, settings)
         label_head = _label_head(base.model, named)
         records = {name: _ship(folder, name, sources[name], hashes[name], a, label_head) for name, a in named.items()}
-        _write(folder, "multi", base, exported, graph, own_inputs, layout, insertion.groups, insertion.heads, records)
-        _record(base.model.float(), named, folder, cached)  # in place: the graph shared these weights
+        _write(
+            folder, "multi", base, exported, graph, own_inputs, layout, insertion.groups, insertion.heads, records,
+            settings,
+        )  # fmt: skip
+        record_probe(base.model.float(), named, folder)  # in place: the graph shared these weights
         described = Bundle.load(folder)
         for name, adapter in named.items():
             file = folder / ADAPTERS_FOLDER / f"{name}{SUFFIX}"
@@ -376,8 +399,42 @@ def _check_head(label: str, path: str, module: nn.Linear, adapter: SdctAdapter, 
             )
 
 
-def _export_dtype(base: _Base, dtype: str | None) -> str:
+def _quantization(quantize: str | None, block_size: int | None, accuracy_level: int | None) -> Quantization | None:
+    """The settings as one, None for an export in float."""
+    if quantize is None:
+        if block_size is not None or accuracy_level is not None:
+            raise ConfigError("block_size and accuracy_level are for quantized exports; pass quantize='int8', too")
+        return None
+    if quantize not in BITS:
+        raise ConfigError(f"quantize must be one of {', '.join(BITS)}; got {quantize!r}")
+    native.onnxruntime()  # has the quantizer
+    settings = Quantization(BITS[quantize])
+    return dataclasses.replace(
+        settings,
+        block_size=settings.block_size if block_size is None else block_size,
+        accuracy_level=settings.accuracy_level if accuracy_level is None else accuracy_level,
+    )
+
+
+def _quantize(
+    graph: ir.Model, base: _Base, named: Mapping[str, SdctAdapter], settings: Quantization | None
+) -> Quantization | None:
+    """Quantize the linear layers of `graph`; the settings with the layers that were."""
+    if settings is None:
+        return None
+    heads = {parameter.rpartition(".")[0] for adapter in named.values() for parameter in adapter.saved}
+    quantization = QuantizeWeights(linear_layers(base.model, heads, base.task), settings)
+    quantization(graph)
+    return dataclasses.replace(settings, modules=tuple(quantization.modules))
+
+
+def _export_dtype(base: _Base, dtype: str | None, settings: Quantization | None) -> str:
     own = base.dtype if base.dtype in DTYPES else "float32"
+    if settings is not None and (own if dtype == "base" else dtype) == "bfloat16":
+        raise UnsupportedError(
+            "a quantized bundle is float32 or float16 in what is not quantized, not bfloat16; pass dtype='float32' "
+            "(--dtype float32)"
+        )
     if dtype is None and own == "bfloat16":
         warnings.warn(
             "the base is bfloat16, this bundle holds the same numbers in float32, which every runtime can run; "
@@ -441,37 +498,6 @@ def _ship(
     return AdapterRecord(sha256, _labels(adapter, head))
 
 
-def _record(model: nn.Module, named: Mapping[str, SdctAdapter], folder: Path, cached: bool) -> None:
-    """Write what torch computes in float32 for base rows, each adapter, a mixed batch and a blend."""
-    names = list(named)[:PROBED_ADAPTERS]
-    inputs = sample_inputs(model, batch=3, sequence=16, seed=1)
-    singles: list[Row] = [(), *(((name, 1.0),) for name in names)]
-    batch = len(next(iter(inputs.values())))
-    plans = {"base": [singles[0]] * batch} | {name: [((name, 1.0),)] * batch for name in names}
-    if names:
-        plans["mixed"] = [singles[(i + 1) % len(singles)] for i in range(batch)]
-        pair = dict.fromkeys((names[0], names[-1]))  # one where there is one adapter only
-        plans["blend"] = [tuple((name, 0.5) for name in pair), ((names[-1], 0.25),), ()]
-    given = {name: to_numpy(value) for name, value in inputs.items()}
-    cases, indices, shapes = [], {}, {}
-    for case, rows in plans.items():
-        outputs = run_rows(model, inputs, rows, named)
-        arrays = {name: to_numpy(value.float()) for name, value in outputs.items()}
-        for output, array in arrays.items():
-            if not np.isfinite(array).all():
-                raise BaseMismatchError(
-                    f"torch computes NaN or infinite numbers in {output!r} "
-                    + ("of the base model" if case == "base" else f"with adapters ({case})")
-                    + "; repair the weights before exporting them"
-                )
-        arrays = without_padding(given, arrays) if cached else arrays
-        shapes = {name: array.shape for name, array in arrays.items()}
-        indices = {name: sample_indices(shape) for name, shape in shapes.items()}
-        sampled = {name: array.reshape(-1)[indices[name]] for name, array in arrays.items()}
-        cases.append(Case(case, tuple(rows), sampled))
-    Probe(given, tuple(cases), indices, shapes).write(folder / PROBE_FILE)
-
-
 def _write(
     folder: Path,
     kind: str,
@@ -483,6 +509,7 @@ def _write(
     groups: Sequence[Group],
     heads: Sequence[Head],
     adapters: Mapping[str, AdapterRecord],
+    quantization: Quantization | None,
 ) -> None:
     """Write the graph with its weights beside it, the base's small files, and the description."""
     ir.save(graph, folder / MODEL_FILE, external_data=DATA_FILE)
@@ -521,6 +548,7 @@ def _write(
         max_tokens=most_tokens(base.model),
         pooling=() if base.tail is None else base.tail.described,
         cache=cache,
+        quantization=quantization,
     ).write(folder)
 
 

@@ -16,10 +16,9 @@ import numpy as np
 from .adapter.adapter import SdctAdapter
 from .adapter.entries import Array
 from .adapter.folder import read_training
-from .adapter.training import TOLERANCES as TRAINING_TOLERANCES
 from .bundle.description import DATA_FILE, PROBE_FILE, Bundle, file_sha256, training_sha256
-from .bundle.probe import Probe, Row, without_padding
-from .contract import edge_dtype
+from .bundle.probe import Probe, Row, difference, label_padding, without_padding
+from .contract import MARGIN
 from .errors import BaseMismatchError, SdctError
 from .runtime import MultiAdapterModel
 
@@ -88,29 +87,6 @@ def verify(
     return Report(str(bundle), tuple(checks))
 
 
-def difference(got: Array, want: Array, *, padding: float = np.inf) -> float:
-    """`max |got - want| / max(1, max |want|)`, infinite where shapes differ or `got` is not finite.
-
-    Elements of `want` beyond `padding` in size are label columns a row's adapter does not have; there `got` must only
-    be beyond `padding` with the same sign.
-    """
-    if got.shape != want.shape:
-        return float("inf")
-    got, want = got.astype(np.float64), want.astype(np.float64)
-    padded = np.abs(want) > padding
-    if (np.abs(got[padded]) <= padding).any() or (np.sign(got[padded]) != np.sign(want[padded])).any():
-        return float("inf")
-    got, want = got[~padded], want[~padded]
-    if not np.isfinite(got).all():
-        return float("inf")
-    return float(np.abs(got - want).max(initial=0.0) / np.abs(want).max(initial=1.0))
-
-
-def label_padding(bundle: Bundle) -> float:
-    """Size beyond which an output of `bundle` is a label column that a row's adapter does not have, see `contract`."""
-    return float(np.finfo(edge_dtype(bundle.dtype)).max) / 64 if bundle.heads else float("inf")
-
-
 def _files(bundle: Bundle) -> Iterator[Check]:
     recorded = {bundle.model_path: bundle.model_sha256}
     if bundle.data_sha256 is not None:
@@ -165,8 +141,16 @@ def _compared(bundle: Bundle, inputs: Mapping[str, Array], outputs: Mapping[str,
     return dict(outputs) if bundle.cache is None else without_padding(inputs, outputs)
 
 
-def _measured(bundle: Bundle, name: str, error: float, what: str) -> Check:
-    limit = TOLERANCES[bundle.dtype]
+def _measured(bundle: Bundle, name: str, error: float, what: str, rounding: float = 0.0) -> Check:
+    """`error` against the limit of the bundle's type.
+
+    Recorded outputs and torch have the weights that a quantized bundle's products see. What is left between them is
+    that it rounds what it multiplies, too: how far this moves the outputs in torch was recorded at export, or is
+    `rounding` on other inputs; the limit is larger by `MARGIN` times that.
+    """
+    if bundle.quantization is not None:
+        rounding = max(rounding, bundle.quantization.rounding)
+    limit = TOLERANCES[bundle.dtype] + MARGIN * rounding
     return Check(name, error <= limit, what, error, limit)
 
 
@@ -211,7 +195,7 @@ def _against_training(bundle: Bundle, runner: MultiAdapterModel) -> Iterator[Che
             spec.name: record.probe.inputs[spec.name] for spec in bundle.inputs if spec.name in record.probe.inputs
         }
         error = record.probe.difference(runner.run(inputs, None if merged else name))
-        limit = max(TRAINING_TOLERANCES[record.probe.dtype], TRAINING_TOLERANCES[bundle.dtype])
+        limit = bundle.training_limit(record.probe.dtype)
         yield Check(check, error <= limit, f"against the model as trained, {record.model_class}", error, limit)
 
 
@@ -241,6 +225,7 @@ def _against_torch(
 
     from .base.model import find_linear, linear_shape, model_hash, to_numpy
     from .base.reference import run_rows, sample_inputs
+    from .graph.quantization import quantize_model, rounded_inputs
 
     adapters = {name: SdctAdapter.load(bundle.adapter_path(name)) for name in bundle.adapters}
     base = _load_base(bundle, source, model_class, adapters)
@@ -252,24 +237,35 @@ def _against_torch(
     if bundle.pooling:
         yield from _below_pooling(bundle, base, source, adapters)
     base = base.to(getattr(torch, bundle.dtype)).float()
+    if bundle.quantization is not None:
+        quantize_model(base, bundle.quantization, bundle.dtype)
     tensors = sample_inputs(base, batch=ROWS, sequence=11, seed=2)
     inputs = {name: to_numpy(tensor) for name, tensor in tensors.items()}
     padding = label_padding(bundle)
     errors: dict[str, float] = {}
+    rounding = 0.0
     for rows in _plans(list(adapters)):
         got = _run(runner, inputs, rows)
         computed = run_rows(base, tensors, rows, adapters)
         want = _compared(bundle, inputs, {name: to_numpy(tensor) for name, tensor in computed.items()})
+        if bundle.quantization is not None:
+            with rounded_inputs(base, bundle.quantization):
+                computed = run_rows(base, tensors, rows, adapters)
+            rounded = _compared(bundle, inputs, {name: to_numpy(tensor) for name, tensor in computed.items()})
+            pairs = [(rounded[name], array) for name, array in want.items()]
+            seen = (difference(a[i], b[i], padding=padding) for a, b in pairs for i in range(ROWS))
+            rounding = max(rounding, *seen)
         for i, row in enumerate(rows):
             error = _worst({n: a[i] for n, a in got.items()}, {n: a[i] for n, a in want.items()}, padding)
             label = " + ".join(name if scale == 1 else f"{scale:g} {name}" for name, scale in row) or "base"
             errors[label] = max(error, errors.get(label, 0.0))
     if bundle.kind == "merged":  # its adapter is not at hand; that it does something is
-        seen = TOLERANCES[bundle.dtype] / 10 < errors["base"] < float("inf")  # infinite where shapes differ
-        yield Check("effect of merging", seen, f"differs from the base by {errors['base']:.1e}", errors["base"])
+        least = TOLERANCES[bundle.dtype] / 10 + rounding  # by which the base's own bundle would differ, too
+        changed = least < errors["base"] < float("inf")  # infinite where shapes differ
+        yield Check("effect of merging", changed, f"differs from the base by {errors['base']:.1e}", errors["base"])
         return
     for label, error in errors.items():
-        yield _measured(bundle, f"torch {label}", error, "against torch now, beside other rows")
+        yield _measured(bundle, f"torch {label}", error, "against torch now, beside other rows", rounding)
 
 
 def _below_pooling(

@@ -24,11 +24,11 @@ from torch import nn
 from sdct_export.adapter.adapter import SdctAdapter
 from sdct_export.adapter.entries import SdctEntries
 from sdct_export.bundle.description import BUNDLE_FILE, Bundle, adapter_sha256, file_sha256
-from sdct_export.bundle.probe import Case, Probe, sample_indices
+from sdct_export.bundle.probe import Case, Probe, difference, sample_indices
 from sdct_export.errors import AdapterFormatError, BaseMismatchError
 from sdct_export.export import export_merged, export_multi
 from sdct_export.runtime import MultiAdapterModel
-from sdct_export.verify import TOLERANCES, Report, difference, verify
+from sdct_export.verify import TOLERANCES, Report, verify
 
 ADAPTERS = {"one": make_adapter(1, labels=4), "two": make_adapter(2, labels=2), "three": make_adapter(3)}
 

@@ -95,11 +95,16 @@ class TrainingProbe:
                 sample, want = sample[mask.reshape(-1)[token] != 0], want[mask.reshape(-1)[token] != 0]
                 if not want.size:
                     continue
-            gap = float(np.abs(sample - want).max())
-            # half the spread is the size of numbers around 0; of those around an offset it is what they say
-            size = max(float(np.ptp(want)) / 2, 1e-3 * float(np.abs(want).max()), 1e-3)
-            worst = max(worst, gap / size if math.isfinite(gap) else math.inf)
+            worst = max(worst, gap(sample, want))
         return worst
+
+
+def gap(got: Array, want: Array) -> float:
+    """`max |got - want|` over half the spread of `want`, infinite where `got` is not finite."""
+    largest = float(np.abs(got - want).max())
+    # half the spread is the size of numbers around 0; of those around an offset it is what they say
+    size = max(float(np.ptp(want)) / 2, 1e-3 * float(np.abs(want).max()), 1e-3)
+    return largest / size if math.isfinite(largest) else math.inf
 
 
 @dataclasses.dataclass(frozen=True)

@@ -286,7 +286,7 @@ def class_of(adapters: Mapping[str, SdctAdapter], model_class: str | None) -> st
 
 
 def _probe(model: nn.Module, base: nn.Module) -> TrainingProbe | None:
-    inputs = _probe_inputs(base)
+    inputs = probe_inputs(base)
     if inputs is None or _is_sharded(model) or any(parameter.is_meta for parameter in model.parameters()):
         return None
     try:
@@ -312,7 +312,7 @@ def _outputs(model: nn.Module, inputs: Mapping[str, Array]) -> dict[str, Array]:
         return {name: to_numpy(value.float()) for name, value in run_model(model, ready).items()}
 
 
-def _probe_inputs(model: nn.Module) -> dict[str, Array] | None:
+def probe_inputs(model: nn.Module) -> dict[str, Array] | None:
     """Small inputs that are the same everywhere, None for a model that reads neither text nor images.
 
     Of a text model the last id of the vocabulary is among them, and padding, as far as the model knows it.

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import stat
 from collections.abc import Mapping
@@ -22,7 +23,8 @@ from typing import Any
 
 from ..adapter.entries import DTYPE_NAMES
 from ..adapter.folder import CONFIG_FILE, TRAINED_ON_FILE, TRAINING_FILE, WEIGHTS_FILE
-from ..contract import TARGETS, Cache, Group, Head
+from ..adapter.training import TOLERANCES
+from ..contract import MARGIN, TARGETS, Cache, Group, Head, Quantization
 from ..errors import AdapterFormatError, ConfigError, VerificationError
 from ..files import check_adapter_name, open_input, read_json
 
@@ -69,7 +71,9 @@ class Bundle:
     a row may have where the base looks their positions up in a table; `pooling` says what a SentenceTransformer does
     behind the base, which alone adapters and hashes are about; `cache` describes the key-value cache of a language
     model, None for a graph without one. Its inputs and outputs, `position_ids` and `last_logits` (see `contract`) come
-    to those of the graph; `inputs` and `outputs` are what one call without a past takes and gives.
+    to those of the graph; `inputs` and `outputs` are what one call without a past takes and gives. `quantization` is
+    how the linear layers of the base are quantized, None where they are not; hashes and digests are those of the float
+    base all the same.
     """
 
     kind: str
@@ -94,6 +98,7 @@ class Bundle:
     max_tokens: int | None = None
     pooling: tuple[str, ...] = ()
     cache: Cache | None = None
+    quantization: Quantization | None = None
     path: Path = dataclasses.field(default=Path(), compare=False)
 
     @classmethod
@@ -136,6 +141,14 @@ class Bundle:
     def adapter_path(self, name: str) -> Path:
         """Folder of a shipped adapter."""
         return self.path / ADAPTERS_FOLDER / name
+
+    def training_limit(self, dtype: str) -> float:
+        """How far the outputs may be from those that a model in `dtype` gave in training, in `training.gap`'s measure.
+
+        What two types may differ by, and for a quantized bundle `MARGIN` times what quantization changed at export.
+        """
+        changed = 0.0 if self.quantization is None else MARGIN * self.quantization.change
+        return max(TOLERANCES[dtype], TOLERANCES[self.dtype]) + changed
 
     def check_model(self) -> None:
         """Refuse a model that is not the one described, and anything in the folder that reading would wait for.
@@ -227,6 +240,7 @@ def _parse(raw: dict[str, Any]) -> dict[str, Any]:
         fields[name] = tuple(_tensor(s) for s in raw[name])
     fields["pooling"] = tuple(_text(step, "pooling") for step in raw.get("pooling", ()))
     fields["cache"] = None if raw.get("cache") is None else _cache(raw["cache"])
+    fields["quantization"] = _quantization(raw.get("quantization"))
     fields["groups"] = tuple(_group(g) for g in raw["groups"])
     fields["heads"] = tuple(
         Head(_text(h["module"], "head"), _size(h["d_out"], "d_out"), _size(h["d_in"], "d_in")) for h in raw["heads"]
@@ -237,6 +251,17 @@ def _parse(raw: dict[str, Any]) -> dict[str, Any]:
             if not isinstance(digest := raw["module_digests"][dtype][module], str) or not digest.isascii():
                 raise ValueError(f"module_digests has no {dtype} digest of module {module!r}")
     return fields
+
+
+def _quantization(raw: dict[str, Any] | None) -> Quantization | None:
+    if raw is None:
+        return None
+    found = Quantization(**{**raw, "modules": tuple(_text(module, "module") for module in raw["modules"])})
+    for name in ("rounding", "change"):
+        value = getattr(found, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError(f"quantization: {name} must be a number that is not negative, got {value!r}")
+    return found
 
 
 def _tensor(raw: dict[str, Any]) -> TensorSpec:

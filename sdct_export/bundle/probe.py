@@ -9,7 +9,8 @@ One file of tensors, no metadata:
     index.<name>                  int64 `[m]`: the flat positions of that sample (the same in every case)
     shape.<name>                  int64: the output's full shape
 
-Values were computed in float32 from the weights as exported (so from float16 weights in a float16 bundle). numpy only.
+Values were computed in float32 from the weights as exported: from float16 weights in a float16 bundle, and from those
+that the products see in a quantized one. numpy only.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import numpy as np
 
 from ..adapter.entries import Array
 from ..adapter.folder import encode_safetensors, read_safetensors
-from ..contract import ATTENTION_MASK
+from ..contract import ATTENTION_MASK, edge_dtype
 from ..errors import AdapterFormatError
+from .description import Bundle
 
 MAX_SAMPLE = 4096
 Row = tuple[tuple[str, float], ...]
@@ -118,3 +120,26 @@ def sample_indices(shape: tuple[int, ...]) -> Array:
     """Flat positions of an evenly strided sample of at most `MAX_SAMPLE` elements, int64 `[m]`."""
     size = math.prod(shape)
     return np.arange(0, size, max(1, math.ceil(size / MAX_SAMPLE)), dtype=np.int64)
+
+
+def difference(got: Array, want: Array, *, padding: float = np.inf) -> float:
+    """`max |got - want| / max(1, max |want|)`, infinite where shapes differ or `got` is not finite.
+
+    Elements of `want` beyond `padding` in size are label columns a row's adapter does not have; there `got` must only
+    be beyond `padding` with the same sign.
+    """
+    if got.shape != want.shape:
+        return float("inf")
+    got, want = got.astype(np.float64), want.astype(np.float64)
+    padded = np.abs(want) > padding
+    if (np.abs(got[padded]) <= padding).any() or (np.sign(got[padded]) != np.sign(want[padded])).any():
+        return float("inf")
+    got, want = got[~padded], want[~padded]
+    if not np.isfinite(got).all():
+        return float("inf")
+    return float(np.abs(got - want).max(initial=0.0) / np.abs(want).max(initial=1.0))
+
+
+def label_padding(bundle: Bundle) -> float:
+    """Size beyond which an output of `bundle` is a label column that a row's adapter does not have, see `contract`."""
+    return float(np.finfo(edge_dtype(bundle.dtype)).max) / 64 if bundle.heads else float("inf")

@@ -66,6 +66,21 @@ Examples:
 )
 @click.option("--no-cache", is_flag=True, help="Leave the key-value cache out of a language model.")
 @click.option(
+    "--quantize",
+    type=click.Choice(["int8", "int4"]),
+    help="Quantize the base's linear layers for ONNX Runtime; adapters and heads stay in float. int8 is the safe one.",
+)
+@click.option(
+    "--block-size",
+    type=click.Choice(["16", "32", "64", "128", "256"]),
+    help="Elements of a quantized weight that share a scale. [default: 32]",
+)
+@click.option(
+    "--accuracy-level",
+    type=click.Choice(["1", "4"]),
+    help="What quantized weights are multiplied with: float32 (1, slow on a CPU), or 8 bits (4). [default: 4]",
+)
+@click.option(
     "--task",
     type=click.Choice(["SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM", "FEATURE_EXTRACTION", "IMAGE_CLS"]),
     help="What the model is for. [default: as trained]",
@@ -84,6 +99,9 @@ def main(
     dtype: str | None,
     target: str | None,
     no_cache: bool,
+    quantize: str | None,
+    block_size: str | None,
+    accuracy_level: str | None,
     task: str | None,
     model_class: str | None,
     as_json: bool,
@@ -94,8 +112,8 @@ def main(
     adapters are chosen per request, per row of a batch.
     """
     if context.invoked_subcommand is not None:
-        given = (model, adapters, output, merge, dtype, target, no_cache, task, model_class, as_json)
-        if any(given) or format_ != "onnx":
+        values = (model, adapters, output, merge, dtype, target, no_cache, quantize, block_size, accuracy_level)
+        if any((*values, task, model_class, as_json)) or format_ != "onnx":
             raise click.UsageError(f"options of the export do not go before {context.invoked_subcommand!r}")
         return
     for value, name in ((model, "--model"), (adapters, "--adapter"), (output, "--output")):
@@ -112,6 +130,10 @@ def main(
         raise click.UsageError("--dtype is for ONNX; a merged checkpoint keeps the types of the base")
     if format_ != "onnx" and target:
         raise click.UsageError("--target is for --format onnx: nothing else has a key-value cache")
+    if quantize and format_ != "onnx":
+        raise click.UsageError("--quantize is for ONNX Runtime; leave --format out")
+    if (block_size or accuracy_level) and not quantize:
+        raise click.UsageError("--block-size and --accuracy-level are for --quantize")
     from ..files import check_text, refuse_existing
 
     refuse_existing(output)
@@ -129,8 +151,16 @@ def main(
     from ..export import export_merged, export_multi
 
     cache = False if no_cache or format_ == "tensorrt" else None  # no engine has one yet
-    options: dict[str, Any] = {"task_type": task, "model_class": model_class, "dtype": dtype}
-    options |= {"cache": cache, "target": target}
+    options: dict[str, Any] = {
+        "task_type": task,
+        "model_class": model_class,
+        "dtype": dtype,
+        "cache": cache,
+        "target": target,
+        "quantize": quantize,
+        "block_size": block_size and int(block_size),
+        "accuracy_level": accuracy_level and int(accuracy_level),
+    }
     with busy("exporting"), importable_here(model_class):
         if merge:
             bundle = export_merged(model, next(iter(named.values())), output, **options)
@@ -149,6 +179,7 @@ def main(
             "task": bundle.task,
             "dtype": bundle.dtype,
             "cache": bundle.cache and bundle.cache.target,
+            "quantization": None if bundle.quantization is None else bundle.quantization.name,
             "adapters": list(bundle.adapters),
             "bytes": _size(output),
         },

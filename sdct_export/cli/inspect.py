@@ -13,7 +13,7 @@ from .output import print_json, print_table, printable
 
 if TYPE_CHECKING:
     from ..bundle.description import Bundle, TensorSpec
-    from ..contract import Cache
+    from ..contract import Cache, Quantization
 
 
 @click.command(
@@ -108,6 +108,13 @@ def _signature(specs: Sequence[TensorSpec]) -> str:
     return ", ".join(f"{s.name} {s.dtype} [{', '.join(map(str, s.shape))}]" for s in specs)
 
 
+def _quantization(found: Quantization) -> str:
+    return (
+        f"{found.name} in {len(found.modules)} linear layers, block_size {found.block_size}, accuracy_level "
+        f"{found.accuracy_level}; at export it moved the outputs by {found.change:.2%} of their size"
+    )
+
+
 def _operator(bundle: Bundle) -> dict[str, object] | None:
     """How ONNX Runtime would run the adapters of `bundle` on this machine's CPU, None for a merged bundle."""
     from ..errors import UnsupportedError
@@ -148,6 +155,7 @@ def _show_bundle(bundle: Bundle, as_json: bool) -> None:
         ("kind", bundle.kind),
         ("task", bundle.task),
         ("dtype", bundle.dtype),
+        *([("quantization", _quantization(bundle.quantization))] if bundle.quantization else []),
         ("base", f"{bundle.base_name} ({bundle.base_architecture})"),
         ("base hash", bundle.base_hash),
         ("model sha256", bundle.model_sha256),

@@ -273,9 +273,14 @@ def prepare_graph(bundle: Bundle, *, version: tuple[int, int] = settings.NEWEST)
             LayerNormalization; for a float16 bundle their graph says which nodes are float32.
 
     Raises:
-        UnsupportedError: onnx is missing, the graph cannot be converted or has a key-value cache, or TensorRT is too
-            old for bfloat16.
+        UnsupportedError: onnx is missing, the graph cannot be converted, the bundle is quantized or has a key-value
+            cache, or TensorRT is too old for bfloat16.
     """
+    if bundle.quantization is not None:
+        raise UnsupportedError(
+            f"{bundle.path} is quantized for ONNX Runtime, whose operator MatMulNBits TensorRT does not have; export "
+            "without --quantize, in float16 for its speed"
+        )
     if bundle.cache is not None:
         raise UnsupportedError(
             f"{bundle.path} has a key-value cache, for which no engine can be built yet: there are no profiles for "

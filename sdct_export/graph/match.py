@@ -16,6 +16,7 @@ import onnx_ir as ir
 from ..errors import UnsupportedError
 
 SCOPES = "pkg.torch.onnx.name_scopes"
+_PRODUCTS = ("MatMul", "Gemm", "MatMulNBits")
 _PASSED_THROUGH = ("Reshape", "Cast", "Identity", "Flatten")  # may stand between a module's edge and its product
 
 
@@ -37,14 +38,15 @@ class Site:
 def match_linears(graph: ir.Graph, modules: Collection[str]) -> dict[str, Site]:
     """The sites of `modules` in the order in which the graph computes them.
 
-    Knows Gemm, MatMul, MatMul + Add, and these on a 2-D view of a tensor of any rank (GPT-2's `Conv1D`).
+    Knows Gemm, MatMul, MatMulNBits, one of these + Add, and these on a 2-D view of a tensor of any rank (GPT-2's
+    `Conv1D`).
 
     Raises:
         UnsupportedError: a module does not occur in the graph, or is called more than once.
     """
     members: dict[str, list[ir.Node]] = {module: [] for module in modules}
     for node in graph:
-        for path in set(_scopes(node)) & members.keys():
+        for path in set(scopes_of(node)) & members.keys():
             members[path].append(node)
     order = {node: position for position, node in enumerate(graph)}
     products = {module: _product(module, nodes) for module, nodes in members.items()}
@@ -54,14 +56,15 @@ def match_linears(graph: ir.Graph, modules: Collection[str]) -> dict[str, Site]:
     }
 
 
-def _scopes(node: ir.Node) -> list[str]:
+def scopes_of(node: ir.Node) -> list[str]:
+    """Paths of the modules that `node` was traced in, the outermost first; none of a node that no module made."""
     text = node.metadata_props.get(SCOPES)
     return ast.literal_eval(text)[:-1] if text else []
 
 
 def _product(module: str, nodes: list[ir.Node]) -> ir.Node:
     """The one matrix product of `module`, by a matrix that depends on weights only."""
-    products = [n for n in nodes if n.op_type in ("MatMul", "Gemm") and _is_constant(n.inputs[1])]
+    products = [n for n in nodes if n.op_type in _PRODUCTS and _is_constant(n.inputs[1])]
     if not products:
         found = sorted({n.op_type for n in nodes})
         raise UnsupportedError(

@@ -21,7 +21,7 @@ import numpy as np
 from .. import contract, native
 from ..adapter.adapter import SdctAdapter
 from ..adapter.entries import DTYPE_NAMES, Array
-from ..adapter.training import TOLERANCES, TrainingProbe
+from ..adapter.training import TrainingProbe
 from ..bundle.description import Bundle, TensorSpec
 from ..bundle.packing import Layout, bank_layout, label_count, most_bytes, pack
 from ..errors import AdapterFormatError, BaseMismatchError, ConfigError, SdctError, UnsupportedError
@@ -372,7 +372,7 @@ class MultiAdapterModel:
                 f"adapter {name!r}: this bundle does not run on what the adapter's model ran on when it was saved "
                 f"({problem}); export a bundle from the model it was trained on"
             ) from problem
-        error, limit = probe.difference(outputs), max(TOLERANCES[probe.dtype], TOLERANCES[self.bundle.dtype])
+        error, limit = probe.difference(outputs), self.bundle.training_limit(probe.dtype)
         if not error <= limit:
             raise BaseMismatchError(
                 f"adapter {name!r} gives other outputs in this bundle than when it was trained (off by {error:.1e} of "

@@ -19,7 +19,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +32,7 @@ except ImportError:  # Windows has no flock; there the folders of killed writers
     fcntl = None
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
+_LARGEST_TEXTS = 1 << 30  # bytes
 # opening never waits for the other end of a pipe
 _INPUT = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _READ = _INPUT | getattr(os, "O_NOFOLLOW", 0)
@@ -169,6 +170,27 @@ def read_input(path: Path, limit: int, error: type[SdctError], advice: str) -> b
         if len(data) > size:
             raise error(f"{path} is larger than its size says; {advice}")
         return data
+
+
+def read_texts(texts: Sequence[str] | str | Path) -> list[str]:
+    """The texts, of a file its lines; without empty ones and repetitions.
+
+    Raises:
+        ConfigError: they are no strings, or the file cannot be read or is no UTF-8 text.
+    """
+    advice = "give a UTF-8 file with one text a line"
+    if isinstance(texts, str | Path):
+        data = read_input(Path(texts), _LARGEST_TEXTS, ConfigError, advice)
+        try:
+            whole = data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{texts} is not UTF-8 text (byte {error.start}); {advice}") from None
+        if "\0" in whole:
+            raise ConfigError(f"{texts} is a binary file; {advice}")
+        texts = whole.split("\n")
+    if not all(isinstance(text, str) for text in texts):
+        raise ConfigError("texts must be a list of strings, or a file with one text a line")
+    return list(dict.fromkeys(filter(None, map(str.strip, texts))))
 
 
 def read_json(path: Path, limit: int, error: type[SdctError], advice: str, *, unique: bool = False) -> dict[str, Any]:

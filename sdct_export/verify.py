@@ -223,14 +223,13 @@ def _against_torch(
 ) -> Iterator[Check]:
     import torch
 
-    from .base.model import find_linear, linear_shape, model_hash, to_numpy
+    from .base.model import to_numpy
     from .base.reference import run_rows, sample_inputs
     from .graph.quantization import quantize_model, rounded_inputs
 
     adapters = {name: SdctAdapter.load(bundle.adapter_path(name)) for name in bundle.adapters}
-    base = _load_base(bundle, source, model_class, adapters)
-    shapes = {m: linear_shape(find_linear(base, m)) or (0, 0) for m in bundle.module_digests[bundle.base_hash_dtype]}
-    if model_hash(base, shapes, bundle.base_hash_dtype) != bundle.base_hash:
+    base = bundle_base(bundle, source, model_class, adapters)
+    if not has_recorded_weights(bundle, base):
         yield Check("base model", False, "has other weights than the base this bundle was exported from")
         return
     yield Check("base model", True, "weights as recorded")
@@ -305,10 +304,10 @@ def _plans(names: list[str]) -> Iterator[list[Row]]:
         yield [((first, 0.5), (last, 0.5)), ((last, -0.25), (first, 1.5)), *[()] * (ROWS - 2)]
 
 
-def _load_base(
+def bundle_base(
     bundle: Bundle, source: str | Path | nn.Module, model_class: str | None, adapters: Mapping[str, SdctAdapter]
 ) -> nn.Module:
-    """A private copy of the base, of the class the bundle was exported from."""
+    """A private copy of the base, of the class the bundle was exported from. Raises `BaseMismatchError`."""
     import copy
 
     from .base.model import load_base
@@ -337,3 +336,11 @@ def _load_base(
             "pass the model the bundle was exported from, or its class (--model-class MODULE:CLASS)"
         )
     return base
+
+
+def has_recorded_weights(bundle: Bundle, base: nn.Module) -> bool:
+    """Whether the adapted modules of `base` are those that `bundle` was exported from."""
+    from .base.model import find_linear, linear_shape, model_hash
+
+    shapes = {m: linear_shape(find_linear(base, m)) or (0, 0) for m in bundle.module_digests[bundle.base_hash_dtype]}
+    return model_hash(base, shapes, bundle.base_hash_dtype) == bundle.base_hash

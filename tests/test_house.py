@@ -27,6 +27,7 @@ ROOMS = [
     {"engine", "export"},
     {"runtime"},
     {"verify", "doctor"},
+    {"quality"},
     {"serve"},
     {"cli"},
     {"__main__"},

@@ -1,10 +1,10 @@
 """What torch computes for an exported graph, written as the bundle's probe. Only exports need it, and torch.
 
-**Quantized bundles** are compared with torch on the weights that their products see, so that what is left is
-rounding: none but that of float32 at `accuracy_level` 1, and that of the products' inputs at level 4. How far the
-latter moves the outputs is computed here, and so is how far all of it moves them from the float model's, on these
-inputs and those of training probes. `verify` and the check of adapters at load take their limits from these numbers
-(`contract.MARGIN`).
+**Quantized bundles** are compared with torch on the weights that their products see, so that what is left is rounding:
+none but that of float32 at `accuracy_level` 1, and that of the products' inputs at level 4. How far the latter moves
+the outputs is computed here, and so is how far all of it moves them from the float model's, on these inputs and on
+those of training probes. `verify` and the check of adapters at load take their limits from these numbers, times
+`contract.MARGIN`.
 """
 
 from __future__ import annotations

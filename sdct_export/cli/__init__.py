@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from .. import __version__
+from .bench import bench
 from .build import build
 from .combine import combine
 from .distill import distill
@@ -242,5 +243,5 @@ def _report(result: dict[str, object], as_json: bool) -> None:
     click.echo(f"wrote {printable(str(result['output']))} ({int(str(result['bytes'])) / 1e6:.1f} MB{detail})")
 
 
-for _command in (project, distill, combine, inspect, verify, build, run, doctor):
+for _command in (project, distill, combine, inspect, verify, build, run, bench, doctor):
     main.add_command(_command)

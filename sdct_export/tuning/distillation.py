@@ -27,7 +27,7 @@ from ..adapter.config import SdctConfig
 from ..adapter.entries import Array, SdctEntries
 from ..base.checkpoint import Checkpoint, load_sized, progress_bar
 from ..errors import BaseMismatchError, ConfigError, UnsupportedError
-from ..files import read_input
+from ..files import read_texts
 from ..spectral.transform import dct
 from ..weights.changes import Change, from_peft
 from ..weights.fitting import fit_spectrum
@@ -40,9 +40,7 @@ BATCH, LANGUAGE_BATCH = 32, 4  # a language model's outputs are as wide as its v
 HEAD_RATE = 0.1  # learning rate of saved modules over that of the coefficients
 WARMUP, CLIP = 0.06, 1.0
 _TASKS = ("SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM", "FEATURE_EXTRACTION")
-_MAX_FILE = 1 << 30
 _KEPT = 1 << 28  # bytes of the teacher's outputs that are kept rather than computed again in every epoch
-_ADVICE = "give a UTF-8 file with one text a line"
 
 _Batch = dict[str, Tensor]
 
@@ -216,22 +214,9 @@ def _check_task(task: str | None, what: str) -> None:
 
 
 def _clean(texts: Sequence[str] | str | Path) -> list[str]:
-    """The texts, of a file its lines; without empty ones and repetitions, which would be in both parts."""
-    where = "the texts"
-    if isinstance(texts, str | Path):
-        where = str(texts)
-        data = read_input(Path(texts), _MAX_FILE, ConfigError, _ADVICE)
-        try:
-            whole = data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{texts} is not UTF-8 text (byte {error.start}); {_ADVICE}") from None
-        if "\0" in whole:
-            raise ConfigError(f"{texts} is a binary file; {_ADVICE}")
-        texts = whole.split("\n")
-    if not all(isinstance(text, str) for text in texts):
-        raise ConfigError("texts must be a list of strings, or a file with one text a line")
-    cleaned = list(dict.fromkeys(filter(None, map(str.strip, texts))))
+    cleaned = read_texts(texts)
     if len(cleaned) < MIN_TEXTS:
+        where = str(texts) if isinstance(texts, str | Path) else "the texts"
         raise ConfigError(
             f"{where}: {len(cleaned)} different texts; distillation needs at least {MIN_TEXTS}, and some hundreds to "
             "be any good"

@@ -6,8 +6,8 @@ Two models with trained adapters, made here: MiniLM with the demo's adapter for 
 on real weights), and a small LLaMA-style model (6 layers, hidden 256, tied embeddings) trained for some minutes on
 docstrings, with an adapter trained on those of one half of the packages. `sdct_export.quality` compares, on texts of
 neither training, the quantized base with the exact adapter and the adapter merged before quantizing, both with the
-float model. Sizes are those of `model.onnx` and its data. Times are medians of calls that take turns, in sessions of
-their own with one thread, all rows through the adapter.
+float model. Sizes are those of `model.onnx` and its data. Times are medians, in processor time, of calls that take
+turns, in sessions of their own with one thread, all rows through the adapter.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-import docstrings  # noqa: E402
-import finetuning as ft  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from operator_cpu import machine  # noqa: E402
-from torch import nn  # noqa: E402
+import docstrings
+import finetuning as ft
+import numpy as np
+import torch
+from operator_cpu import machine
+from torch import nn
 
-from sdct_export import SdctConfig, export_multi, get_sdct_model  # noqa: E402
-from sdct_export.quality import quality  # noqa: E402
-from sdct_export.runtime import MultiAdapterModel  # noqa: E402
+from sdct_export import SdctConfig, export_multi, get_sdct_model
+from sdct_export.quality import quality
+from sdct_export.runtime import MultiAdapterModel
 
-TOKENS, ROUNDS = 48, 41
+TOKENS, ROUNDS, TEXTS = 48, 31, 300
 SETTINGS: dict[str, dict[str, Any]] = {
     "float32": {},
     "int8": {"quantize": "int8"},
@@ -55,7 +55,7 @@ def classifier(folder: Path) -> tuple[nn.Module, list[str]]:
     model = ft.new_sdct(len(task.labels))
     ft.fit(model, ft.encode(ft.load_tokenizer(), task.train), rate=4e-2, epochs=3)
     model.save_adapter(folder)
-    return ft.load_classifier(len(task.labels)), [text for text, _ in task.test]
+    return ft.load_classifier(len(task.labels)), [text for text, _ in task.test][:TEXTS]
 
 
 def language_model(folder: Path, minutes: float) -> tuple[nn.Module, list[str]]:
@@ -78,7 +78,7 @@ def language_model(folder: Path, minutes: float) -> tuple[nn.Module, list[str]]:
     adapted = get_sdct_model(base, SdctConfig(["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     train_language(adapted, tokenizer, [t for t, p in rest if p in own], rate=2e-2, seconds=20 * minutes)
     adapted.eval().save_adapter(folder)
-    return adapted.plain_base().eval(), [text for text, package in held if package in own][:300]
+    return adapted.plain_base().eval(), [text for text, package in held if package in own][:TEXTS]
 
 
 def train_language(model: nn.Module, tokenizer: Any, texts: list[str], *, rate: float, seconds: float) -> None:
@@ -114,9 +114,9 @@ def measured(model: nn.Module, adapter: Path, texts: list[str], folder: Path) ->
         for _ in range(ROUNDS):
             for name, runner in runners.items():
                 runner.run(feeds, "a")
-                start = time.perf_counter()
+                start = time.process_time()
                 runner.run(feeds, "a")
-                seen[name].append(time.perf_counter() - start)
+                seen[name].append(time.process_time() - start)
         for name, values in seen.items():
             times[name][f"{rows} x {tokens}"] = statistics.median(values)
     result = {}
@@ -148,8 +148,9 @@ def main() -> None:
             model, texts = make(folder / "adapter")
             found["models"][name] = figures = measured(model, folder / "adapter", texts, folder)
             shapes = [f"{rows} x {tokens}" for rows, tokens in SHAPES]
-            print(f"\n## {name}, {len(texts)} texts\n\n| base | MB | {' | '.join(f'{s} ms' for s in shapes)} | method | "
-                  "error | largest | same answer | perplexity (float) |\n|" + "---|" * (7 + len(shapes)))  # fmt: skip
+            columns = ["base", "MB", *(f"{shape} ms" for shape in shapes), "method", "error", "largest", "same answer"]
+            columns.append("perplexity (float)")
+            print(f"\n## {name}, {len(texts)} texts\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
             for setting, row in figures.items():
                 cells = [setting, f"{row['mb']:.1f}", *(f"{1e3 * row['seconds'][s]:.2f}" for s in shapes)]
                 for line in row["quality"] or [None]:

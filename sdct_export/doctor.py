@@ -8,8 +8,10 @@ import platform
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 
 from . import __version__
+from .contract import BITS
 from .errors import SdctError, UnsupportedError
 from .native import (
     find_plugin,
@@ -52,6 +54,7 @@ def examine() -> list[Finding]:
             _package(name, f"{torch}pip install 'sdct_export[torch]'")
             for name in ("torch", "transformers", "onnx", "onnxscript")
         ),
+        _guarded("quantizer", _quantizer, f"{torch[:-2]} with --quantize: install onnxruntime 1.23 or newer"),
         _guarded(
             "operator library", _operator, f"optional, makes adapters faster on ONNX Runtime: {why_no_operator()}"
         ),
@@ -98,6 +101,16 @@ def _onnxruntime() -> str | None:
         )
     providers = ", ".join(p.removesuffix("ExecutionProvider") for p in onnxruntime.get_available_providers())
     return f"{onnxruntime.__version__}, built with {providers}"
+
+
+def _quantizer() -> str | None:
+    """ONNX Runtime's own, which lies beside it; importing it would import onnx."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return None
+    file = Path(onnxruntime.__file__).parent / "quantization" / "matmul_nbits_quantizer.py"
+    return f"onnxruntime's, for --quantize {' and '.join(BITS)}" if file.is_file() else None
 
 
 def _operator() -> str | None:

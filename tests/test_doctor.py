@@ -19,7 +19,7 @@ from sdct_export.cli import main
 
 PARTS = {
     "python", "sdct_export", "numpy", "torch", "onnx", "onnxruntime", "operator library", "CUDA driver", "tensorrt",
-    "plugin library",
+    "plugin library", "quantizer",
 }  # fmt: skip
 
 

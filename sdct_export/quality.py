@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def quality(
         texts: texts like those the model is used on, or a UTF-8 file with one a line. Empty ones and repetitions are
             left out.
         adapters: names in the bundle; default all.
-        max_tokens: where longer texts are cut.
+        max_tokens: where longer texts are cut, if the model does not read less.
         model_class: `MODULE:CLASS` of a checkpoint, needed where it was exported from a class of one's own.
         device: where the quantized models run, see `MultiAdapterModel`.
         progress: show a bar on stderr; None shows it on a terminal only.
@@ -164,7 +165,11 @@ def _batches(bundle: Bundle, texts: Sequence[str], max_tokens: int) -> Iterator[
     ordered = sorted(texts, key=len)
     size = LANGUAGE_BATCH if bundle.task == "CAUSAL_LM" else BATCH
     for at in range(0, len(ordered), size):
-        feeds = encode_text(bundle, ordered[at : at + size])
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message=".* have more tokens than the model reads"
+            )  # cut they are anyway
+            feeds = encode_text(bundle, ordered[at : at + size])
         left = "attention_mask" in feeds and not feeds["attention_mask"][:, 0].all()
         part = slice(-max_tokens, None) if left else slice(max_tokens)
         yield {name: array[:, part] for name, array in feeds.items()}

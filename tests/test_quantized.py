@@ -23,7 +23,7 @@ import transformers
 from click.testing import CliRunner
 from families import FAMILIES, Family, edited, random_adapter, torch_rows
 from onnx import numpy_helper
-from quantized_file import products
+from quantized_file import products, with_stored_weights
 from tiny_bundle import WORDS, write_tokenizer
 from torch import nn
 from trained_model import trained
@@ -31,7 +31,6 @@ from trained_model import trained
 from sdct_export import SdctAdapter, SdctConfig, export_merged, export_multi, get_sdct_model
 from sdct_export.adapter.entries import Array
 from sdct_export.adapter.training import TOLERANCES as TRAINING_TOLERANCES
-from sdct_export.base.model import is_conv1d
 from sdct_export.base.reference import sample_inputs
 from sdct_export.bundle.description import BUNDLE_FILE, Bundle, file_sha256
 from sdct_export.cli import main
@@ -47,7 +46,7 @@ from sdct_export.verify import TOLERANCES, verify
 ROWS = [{"a": 1.0}, {}, {"b": 1.0}, {"a": 0.5, "b": 0.5}, {"a": -0.75}]
 SLOW = pytest.mark.slow
 SMALL = {"num_hidden_layers": 1}
-TINY = "moves this model's outputs"  # of models as small as these int4 moves the outputs by a third
+TINY = "int4 moves this model's outputs"  # of models as small as these int4 moves the outputs by a third
 
 
 @dataclasses.dataclass
@@ -76,16 +75,6 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]
         return Exported(family, model, adapters, bundle)
 
     return make
-
-
-def with_stored_weights(model: nn.Module, file: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A copy of `model` with the weights that the products in `file` see, a tied table as it was."""
-    copied = copy.deepcopy(model).to(dtype).float()
-    for name, stored in products(file).items():
-        module = copied.get_submodule(name)
-        weight = torch.from_numpy(stored.weight.astype(np.float32))
-        module.weight = nn.Parameter(weight.T.contiguous() if is_conv1d(module) else weight)
-    return copied
 
 
 def far(got: Array, want: Array) -> float:

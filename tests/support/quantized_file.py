@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
 import numpy as np
 import onnx
+import torch
 from onnx import numpy_helper
+from torch import nn
 
 from sdct_export.adapter.entries import Array
+from sdct_export.base.model import is_conv1d
 
 
 @dataclasses.dataclass
@@ -45,6 +49,16 @@ def products(path: Path) -> dict[str, Stored]:
                 weight[:, b * block + k] = (q - zero) * scales[:, b].astype(np.float64)
         found[node.input[1].removesuffix(".weight.packed")] = Stored(weight[:, :columns], scale[:, :columns])
     return found
+
+
+def with_stored_weights(model: nn.Module, file: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A copy of `model` with the weights that the products in `file` see, a tied table as it was."""
+    copied = copy.deepcopy(model).to(dtype).float()
+    for name, stored in products(file).items():
+        module = copied.get_submodule(name)
+        weight = torch.from_numpy(stored.weight.astype(np.float32))
+        module.weight = nn.Parameter(weight.T.contiguous() if is_conv1d(module) else weight)
+    return copied
 
 
 def rounded(x: Array, block: int) -> Array:

@@ -137,6 +137,8 @@ def quality(
                 Path(folder) / name,
                 model_class=model_class,
                 dtype=described.dtype,
+                cache=described.cache is not None,
+                target=None if described.cache is None else described.cache.target,
                 quantize=settings.name,
                 block_size=settings.block_size,
                 accuracy_level=settings.accuracy_level,

@@ -17,13 +17,15 @@ import pytest
 from decoders import DECODERS, Steps, padded, random_rows, torch_logits
 from families import feeds, random_adapter
 from quantized_file import products, with_stored_weights
+from tiny_bundle import WORDS, write_tokenizer
 from torch import nn
 
 import sdct_export.graph.cache as cache_module
-from sdct_export import SdctAdapter, export_multi
+from sdct_export import SdctAdapter, export_merged, export_multi
 from sdct_export.bundle.description import Bundle
 from sdct_export.contract import Quantization
 from sdct_export.graph.quantization import QuantizeWeights, linear_layers
+from sdct_export.quality import quality
 from sdct_export.runtime import MultiAdapterModel
 from sdct_export.verify import verify
 
@@ -136,7 +138,7 @@ def test_with_rounded_inputs_steps_are_one_run_without_a_cache(
     settings = made.bundle.quantization
     assert settings is not None
     assert uncached.quantization is not None
-    assert settings.modules == uncached.quantization.modules
+    assert set(settings.modules) == set(uncached.quantization.modules)
     tokens = random_rows([length + STEPS for length in LENGTHS], seed=4)
     ids, mask = padded(tokens, "right")
     whole = MultiAdapterModel(uncached).run({"input_ids": ids, "attention_mask": mask}, [row or None for row in ROWS])
@@ -228,3 +230,31 @@ def test_a_tied_output_layer_is_quantized_and_its_table_is_not(
     readers = [node.op_type for node in graph.node if wide[0].name in node.input]
     assert readers == ["Gather"]
     assert "lm_head" in products(made.bundle.model_path)
+
+
+def test_quality_compares_models_with_the_same_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = DECODERS["llama"]
+    model = family.model()
+    model.save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    adapters = {"a": random_adapter(family, model, 1)}
+    bundle = export_multi(tmp_path / "base", adapters, tmp_path / "bundle", quantize="int8")
+    assert bundle.cache is not None
+    assert bundle.cache.target == "ort"
+    made = []
+
+    def merged(*arguments: Any, **settings: Any) -> Bundle:
+        made.append(export_merged(*arguments, **settings))
+        return made[-1]
+
+    monkeypatch.setattr("sdct_export.quality.export_merged", merged)
+    report = quality(bundle.path, tmp_path / "base", [" ".join(WORDS[i : i + 9]) for i in range(6)], progress=False)
+    assert [other.cache for other in made] == [bundle.cache]
+    settings = [found.quantization for found in (*made, bundle)]
+    assert settings[0] is not None
+    assert settings[1] is not None
+    assert set(settings[0].modules) == set(settings[1].modules)
+    for row in report.rows:
+        assert 1e-3 < row.error < 0.1
+        assert row.perplexity == pytest.approx(row.float_perplexity, rel=0.05)
+        assert row.perplexity != row.float_perplexity

@@ -15,6 +15,7 @@ slots, pins and idle entries follow from these and are rebuilt after a step that
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
@@ -66,6 +67,7 @@ class _Entry:
     labels: int | None
     slot: int | None = None  # set only once the slot holds the rows
     pins: int = 0  # how many running requests hold it
+    version: int = dataclasses.field(default_factory=itertools.count(1).__next__)  # no two entries have the same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +82,16 @@ class Lease(Generic[T]):
     It holds nothing until it is entered (`with lease:`), which waits while other requests occupy the slots it needs.
     An exception can come between the end of a `with` block and the way out, so whoever expects any calls `release`
     once more afterwards. A lease that nobody refers to any more has released itself.
+
+    The tensors of the lease that was entered last serve all leases that are held: what these pin has the same slots
+    there. `versions` tell what a name stood for: another number where it was loaded again.
     """
 
     def __init__(self, bank: Bank[T], names: tuple[str, ...]) -> None:
         self.names = names
         self.tensors: Mapping[str, T] = {}
         self.slots: Mapping[str, int] = {}
+        self.versions: Mapping[str, int] = {}
         self.key: _Key | None = None  # while it waits or holds
         self._bank = bank
 
@@ -99,6 +105,17 @@ class Lease(Generic[T]):
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+    def attempt(self) -> Latch | None:
+        """Enter without waiting: None where that was possible, else what to wait on before the next attempt.
+
+        Until then it has its place in the queue, and others may wait behind it.
+        """
+        try:
+            return self._bank.attempt(self)
+        except BaseException:
+            self.release()
+            raise
 
     def release(self) -> None:
         """Give the slots back, or the place in the queue; may be called again."""
@@ -184,6 +201,10 @@ class Bank(Guarded, Generic[T]):
         """
         self.atomically(self._remove, name)
 
+    def check(self, names: Iterable[str]) -> None:
+        """Raise `UnknownAdapterError` where one of them is not loaded."""
+        self.atomically(lambda: [self._find(name) for name in names])
+
     def lease(self, names: Iterable[str]) -> Lease[T]:
         """What a request with these adapters runs with, once entered.
 
@@ -203,12 +224,17 @@ class Bank(Guarded, Generic[T]):
 
     def start(self, lease: Lease[T]) -> None:
         """Fill in `lease` and hold its slots; `Lease` calls it."""
+        while (latch := self.attempt(lease)) is not None:
+            latch.wait()
+
+    def attempt(self, lease: Lease[T]) -> Latch | None:
+        """Fill in `lease` and hold its slots, or return what to wait on; `Lease` calls it."""
         if not lease.names:
             lease.tensors = self._tensors.by_name
-            return
-        lease.key = _Key(lease, self._dropped.append)
-        while (latch := self.atomically(self._try_to_start, lease, lease.key)) is not None:
-            latch.wait()
+            return None
+        if lease.key is None:
+            lease.key = _Key(lease, self._dropped.append)
+        return self.atomically(self._try_to_start, lease, lease.key)
 
     def stop(self, key: _Key) -> None:
         """Give back what the lease of `key` holds, if anything; `Lease` calls it."""
@@ -273,6 +299,7 @@ class Bank(Guarded, Generic[T]):
                 self._place(entry)
         lease.tensors = self._tensors.by_name
         lease.slots = {entry.name: entry.slot for entry in entries if entry.slot is not None}
+        lease.versions = {entry.name: entry.version for entry in entries}
         self._turns.started(key)
         return None
 

@@ -7,11 +7,10 @@ stay behind in the parent, so a run could wait for ever, and freeing a session t
 from __future__ import annotations
 
 import functools
-import numbers
 import os
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -26,19 +25,19 @@ from ..bundle.description import Bundle, TensorSpec
 from ..bundle.packing import Layout, bank_layout, label_count, most_bytes, pack
 from ..errors import AdapterFormatError, BaseMismatchError, ConfigError, SdctError, UnsupportedError
 from ..files import check_adapter_name
+from . import decoding
 from .bank import AdapterInfo, Bank, Memory
-from .generation import Generation, check_count, check_seeds, check_stops, generate
+from .batching import DEFAULT_CHUNK, DEFAULT_MAX_LENGTH, DEFAULT_SLOTS, ContinuousBatcher, Event
+from .generation import Generation
 from .ort import OrtBackend, check_cache, check_dtype
-from .prompts import decode, encode_prompts, read_defaults
-
-Selection = str | None | Mapping[str, float]  # the adapters of one batch row
+from .prompts import decode
+from .selection import MERGED, Selection, check_adapters, in_slots, selection_inputs
+from .steps import cache_bytes
 
 DEFAULT_MAX_SLOTS = 256
 # A runtime keeps the memory of its largest batch: 60,000 rows left 1.4 GB behind. No machine gains from batches this
 # large any more, and test sets of common size still pass in one call.
 DEFAULT_MAX_BATCH = 1024
-_MERGED = "this bundle is merged: its adapter is part of the weights; pass adapters=None"
-_MAX_SCALE = float(np.finfo(np.float32).max)
 
 T = TypeVar("T")
 
@@ -217,13 +216,15 @@ class MultiAdapterModel:
             feeds |= _without_past(self.bundle.cache, feeds)
         if bank is None:
             if adapters is not None:
-                raise ConfigError(_MERGED)
+                raise ConfigError(MERGED)
             return backend.run(feeds, {})
-        rows = _check_adapters(adapters, batch)
+        rows = check_adapters(adapters, batch)
         lease = bank.lease(name for row in rows for name in row)
         try:
             with lease:
-                return backend.run(feeds | _selection(rows, lease.slots), lease.tensors)
+                return backend.run(
+                    feeds | selection_inputs([in_slots(row, lease.slots) for row in rows]), lease.tensors
+                )
         finally:
             lease.release()  # again: an exception may come before the way out of `with`
 
@@ -232,19 +233,21 @@ class MultiAdapterModel:
         prompts: Sequence[str | Sequence[int]],
         adapters: Selection | Sequence[Selection] = None,
         *,
-        max_new_tokens: int = 64,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | Sequence[int] | None = None,
-        stop_tokens: Sequence[int] | None = None,
+        max_new_tokens: int | Sequence[int] = 64,
+        temperature: float | Sequence[float | None] | None = None,
+        top_k: int | Sequence[int | None] | None = None,
+        top_p: float | Sequence[float | None] | None = None,
+        min_p: float | Sequence[float | None] | None = None,
+        repetition_penalty: float | Sequence[float | None] | None = None,
+        seed: int | Sequence[int | None] | None = None,
+        stop_tokens: Sequence[int] | Sequence[Sequence[int] | None] | None = None,
+        logprobs: bool = False,
     ) -> list[Generation]:
-        """Go on from each prompt, all rows at once, until each has ended.
+        """Go on from each prompt until each has ended; rows run side by side, some wait where they are many.
 
         What is None is what the base's `generation_config.json` says, greedy where that says nothing (see `Sampling`).
-        A row's tokens depend on its prompt, adapters and seed alone, up to the rounding of sums in a batch.
+        Every option may be one value, or one for each row. A row's tokens depend on its prompt, adapters, options and
+        seed alone, up to the rounding of sums in a batch.
 
         Args:
             prompts: texts, which the bundle's tokenizer encodes, or token ids; of any lengths.
@@ -257,6 +260,7 @@ class MultiAdapterModel:
             repetition_penalty: above 1 for fewer repetitions.
             seed: row `i` draws from `seed + i`; or one seed a row; None for numbers that nobody can repeat.
             stop_tokens: ids that end a row; default: the end-of-sequence tokens of the base.
+            logprobs: whether to say how probable the tokens were.
 
         Raises:
             UnknownAdapterError: a name is not loaded.
@@ -264,53 +268,86 @@ class MultiAdapterModel:
                 number is out of its range.
             SdctError: the model gives NaN; names the row. Or the backend failed, or the model is closed.
         """
-        backend, bank = self._open()
-        cache = self.bundle.cache
+        options = {
+            "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+            "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed, "stop_tokens": stop_tokens,
+        }  # fmt: skip
+        batcher, rows = self._prepare(prompts, adapters, options)
+        found = decoding.generate(batcher, rows, logprobs=logprobs)
+        return decode(self.bundle, found, [row.stops for row in rows])
+
+    def stream(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        adapters: Selection | Sequence[Selection] = None,
+        *,
+        logprobs: bool = False,
+        **options: Any,
+    ) -> Iterator[Event]:
+        """As `generate`, with its options, but every token as soon as it is there: `request` is its row.
+
+        The last token of a row has a `finish`. Closing the iterator ends all rows.
+
+        Raises:
+            as `generate`; what goes wrong with a row comes out of the iterator.
+        """
+        unknown = sorted(set(options) - decoding.OPTIONS.keys())
+        if unknown:
+            raise TypeError(f"stream() got an unexpected keyword argument {unknown[0]!r}")
+        batcher, rows = self._prepare(prompts, adapters, {**decoding.OPTIONS, **options})
+        return decoding.stream(batcher, rows, logprobs=logprobs)
+
+    def batcher(
+        self, slots: int = DEFAULT_SLOTS, max_length: int = DEFAULT_MAX_LENGTH, chunk: int = DEFAULT_CHUNK
+    ) -> ContinuousBatcher:
+        """A cache of its own for requests that come and go while others run.
+
+        Args:
+            slots: most requests that run side by side.
+            max_length: most tokens of a request, prompt and new ones; no more than the model can have.
+            chunk: most tokens of prompts that are computed between two tokens of the requests that run.
+
+        Raises:
+            ConfigError: the bundle has no cache, a number is not positive, or there is no memory.
+        """
+        for name, value in (("slots", slots), ("max_length", max_length), ("chunk", chunk)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+        self._check_batch(slots)
+        return self._batcher(slots, min(max_length, self.bundle.max_tokens or max_length), chunk)
+
+    def _prepare(
+        self, prompts: Sequence[Any], adapters: Selection | Sequence[Selection], options: Mapping[str, Any]
+    ) -> tuple[ContinuousBatcher, list[decoding.Row]]:
+        _, bank = self._open()
+        self._require_cache()
+        rows = decoding.read_rows(self.bundle, prompts, adapters, options)
+        self._check_batch(len(rows))
+        if bank is None and adapters is not None:
+            raise ConfigError(MERGED)
+        slots = min(len(rows), decoding.MOST_SLOTS)
+        return self._batcher(slots, max(row.length for row in rows), decoding.CHUNK, noun="row"), rows
+
+    def _batcher(self, slots: int, max_length: int, chunk: int, noun: str = "request") -> ContinuousBatcher:
+        bank = self._open()[1]
+        backend, cache = self._require_cache()
+        try:
+            steps = backend.steps(cache, slots, max_length)
+        except MemoryError as error:
+            raise ConfigError(
+                f"there is no memory for the cache of {slots} rows of {max_length} tokens "
+                f"({cache_bytes(cache, slots, max_length) / 2**20:.0f} MiB); ask for fewer"
+            ) from error
+        return ContinuousBatcher(self.bundle, steps, bank, chunk, noun=noun)
+
+    def _require_cache(self) -> tuple[OrtBackend, contract.Cache]:
+        backend, cache = self._open()[0], self.bundle.cache
         if cache is None or not isinstance(backend, OrtBackend):
             raise ConfigError(
                 "this bundle has no key-value cache, which generate needs; export a causal language model without "
                 "--no-cache, and run it with ONNX Runtime"
             )
-        check_count(max_new_tokens)
-        defaults = read_defaults(self.bundle)
-        given = {
-            "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-        }  # fmt: skip
-        sampling = defaults.sampling(given)
-        tokens = encode_prompts(self.bundle, prompts)
-        self._check_batch(len(tokens))
-        longest = max(map(len, tokens)) + max_new_tokens
-        if self.bundle.max_tokens is not None and longest > self.bundle.max_tokens:
-            raise ConfigError(
-                f"the longest prompt and {max_new_tokens} new tokens are {longest} in all, this model takes at most "
-                f"{self.bundle.max_tokens}; ask for fewer, or cut the prompt"
-            )
-        seeds = check_seeds(seed, len(tokens))
-        stops = defaults.stops if stop_tokens is None else check_stops(stop_tokens)
-        rows = _check_adapters(adapters, len(tokens)) if bank is not None or adapters is not None else []
-        if bank is None and adapters is not None:
-            raise ConfigError(_MERGED)
-        try:
-            steps = backend.steps(cache, len(tokens), longest)
-        except MemoryError as error:
-            raise ConfigError(
-                f"there is no memory for the cache of {len(tokens)} rows of {longest} tokens; ask for fewer"
-            ) from error
-        if bank is None:
-            found = generate(lambda feeds: steps.run(feeds, {}), tokens, sampling, max_new_tokens, stops, seeds)
-            return decode(self.bundle, found, stops)
-        lease = bank.lease(name for row in rows for name in row)
-        try:
-            with lease:
-                chosen, tensors = _selection(rows, lease.slots), lease.tensors
-                found = generate(
-                    lambda feeds: steps.run({**feeds, **chosen}, tensors),
-                    tokens, sampling, max_new_tokens, stops, seeds,
-                )  # fmt: skip
-        finally:
-            lease.release()  # again: an exception may come before the way out of `with`
-        return decode(self.bundle, found, stops)
+        return backend, cache
 
     def _check_batch(self, batch: int) -> None:
         if self._max_batch is not None and batch > self._max_batch:
@@ -366,7 +403,7 @@ class MultiAdapterModel:
             feeds, batch = _check_inputs(self.bundle.inputs, {n: a for n, a in probe.inputs.items() if n in taken})
             if self.bundle.cache is not None:
                 feeds |= _without_past(self.bundle.cache, feeds)
-            outputs = backend.run(feeds | _selection([{name: 1.0}] * batch, {name: 1}), tensors)
+            outputs = backend.run(feeds | selection_inputs([[(1, 1.0)]] * batch), tensors)
         except SdctError as problem:
             raise BaseMismatchError(
                 f"adapter {name!r}: this bundle does not run on what the adapter's model ran on when it was saved "
@@ -444,45 +481,6 @@ def _warn_of_the_portable_body(device: str) -> None:
         f"{native.why_no_operator(device)}",
         stacklevel=3,
     )
-
-
-def _check_adapters(adapters: Selection | Sequence[Selection], batch: int) -> list[dict[str, float]]:
-    """One dict of name -> scale per batch row; entries of scale 0 have no effect and are dropped."""
-    if adapters is None or isinstance(adapters, str | Mapping):
-        return [_row(adapters, "adapters")] * batch
-    if not isinstance(adapters, Sequence):
-        raise ConfigError(f"adapters must be a list with one entry per batch row, got {type(adapters).__name__}")
-    if len(adapters) != batch:
-        raise ConfigError(f"adapters has {len(adapters)} entries for a batch of {batch}; give one per row")
-    return [_row(entry, f"adapters[{i}]") for i, entry in enumerate(adapters)]
-
-
-def _row(entry: Selection, where: str) -> dict[str, float]:
-    if entry is None:
-        return {}
-    if isinstance(entry, str):
-        return {entry: 1.0}
-    if not isinstance(entry, Mapping):
-        raise ConfigError(f"{where} must be an adapter name, None, or a mapping of names to scales; got {entry!r}")
-    row: dict[str, float] = {}
-    for name, scale in entry.items():
-        if not isinstance(name, str):
-            raise ConfigError(f"{where} must map adapter names to scales; got the key {name!r}")
-        if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not abs(scale) <= _MAX_SCALE:
-            raise ConfigError(f"{where}: the scale of {name!r} must be a finite number, got {scale!r}")
-        if scale != 0:
-            row[name] = float(scale)
-    return dict(sorted(row.items()))  # sums round by their order, which is not for the caller to choose
-
-
-def _selection(rows: Sequence[Mapping[str, float]], slots: Mapping[str, int]) -> dict[str, Array]:
-    """`adapter_ids` and `adapter_scales`, `[batch, k]` with `k` the most adapters of a row."""
-    ids = np.zeros((len(rows), max(1, *map(len, rows))), np.int32)
-    scales = np.zeros(ids.shape, np.float32)
-    for i, row in enumerate(rows):
-        for j, (name, scale) in enumerate(row.items()):
-            ids[i, j], scales[i, j] = slots[name], scale
-    return {contract.ADAPTER_IDS: ids, contract.ADAPTER_SCALES: scales}
 
 
 def _without_past(cache: contract.Cache, feeds: Mapping[str, Array]) -> dict[str, Array]:

@@ -19,6 +19,7 @@ from ..bundle.description import DATA_FILE, Bundle, TensorSpec
 from ..contract import Cache, Group
 from ..errors import AdapterFormatError, ConfigError, SdctError, UnsupportedError
 from ..plugin_choice import parse_version
+from .steps import GrowingSteps, Session, SharedSteps
 
 _NUMPY_NAMES = {"float": "float32", "double": "float64"}  # ONNX Runtime's names of element types where they differ
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
@@ -151,9 +152,11 @@ class OrtBackend:
                 "check token ids and lengths against the base model's limits"
             ) from error
 
-    def steps(self, cache: Cache, batch: int, tokens: int) -> OrtSteps:
-        """An empty cache on the device for `batch` rows of at most `tokens`. Raises `MemoryError`."""
-        return OrtSteps(self, cache, batch, tokens)
+    def steps(self, cache: Cache, slots: int, max_length: int) -> SharedSteps | GrowingSteps:
+        """An empty cache of so many slots, each for at most `max_length` tokens. Raises `MemoryError`."""
+        session = Session(self._ort, self._session, (self._device, self._device_id), self._run)
+        kind = SharedSteps if cache.target == "ort" else GrowingSteps
+        return kind(session, cache, slots, max_length)
 
     def _refuse_missing_kernel(self, model: Path, problem: str) -> None:
         """Raise `UnsupportedError` where `problem` is that no provider here computes some node in its types."""
@@ -181,47 +184,6 @@ class OrtBackend:
             ("CUDAExecutionProvider", {"device_id": str(self._device_id), "use_tf32": "0"}),
             "CPUExecutionProvider",
         ]
-
-
-class OrtSteps:
-    """The key-value cache of one batch, and its next step.
-
-    With target `ort` past and present are one buffer a layer, as long as the batch may become; else each step leaves
-    new ones behind.
-    """
-
-    def __init__(self, backend: OrtBackend, cache: Cache, batch: int, tokens: int) -> None:
-        self._backend, self._cache, self._shared = backend, cache, cache.target == "ort"
-        shape = (batch, cache.kv_heads, tokens if self._shared else 0, cache.head_size)
-        kind = _BFLOAT16 if cache.dtype == "bfloat16" else np.dtype(cache.dtype)
-        device = (backend._device, backend._device_id)
-        value = backend._ort.OrtValue
-        try:  # what lies in them does not matter: no step reads a column that none has written
-            self._pasts = [value.ortvalue_from_shape_and_type(shape, kind, *device) for _ in cache.pasts]
-        except Exception as error:
-            raise MemoryError(_first_line(error)) from error
-
-    def run(self, inputs: Mapping[str, Array], bank: Mapping[str, OrtTensor]) -> Array:
-        """Logits in host memory; the cache then holds the tokens of `inputs`, too. Raises `SdctError`."""
-        backend, cache = self._backend, self._cache
-        binding = backend._session.io_binding()
-        values = {n: backend._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for n, a in inputs.items()}
-        for name, value in values.items():  # `bind_cpu_input` does not find an input that has a default
-            binding.bind_ortvalue_input(name, value)
-        for name, tensor in bank.items():
-            binding.bind_ortvalue_input(name, tensor.value)
-        binding.bind_output("logits", "cpu")
-        for past, present, value in zip(cache.pasts, cache.presents, self._pasts, strict=True):
-            binding.bind_ortvalue_input(past, value)
-            if self._shared:
-                binding.bind_ortvalue_output(present, value)
-            else:
-                binding.bind_output(present, backend._device, backend._device_id)
-        backend._run(binding)
-        logits, *presents = binding.get_outputs()
-        self._pasts = self._pasts if self._shared else presents
-        result: Array = logits.numpy()
-        return result
 
 
 def check_dtype(bundle: Bundle, device: str) -> None:

@@ -84,14 +84,14 @@ def encode_prompts(bundle: Bundle, prompts: Sequence[str | Sequence[int]]) -> li
     return encoded
 
 
-def decode(bundle: Bundle, found: Sequence[Generation], stops: frozenset[int]) -> list[Generation]:
-    """The same with their texts, where the bundle has a tokenizer."""
+def decode(bundle: Bundle, found: Sequence[Generation], stops: Sequence[frozenset[int]]) -> list[Generation]:
+    """The same with their texts, where the bundle has a tokenizer; each has stop tokens of its own."""
     if not os.path.lexists(bundle.path / TOKENIZER):
         return list(found)
     tokenizer = tokenizer_of(bundle, ())
     results = []
-    for one in found:
-        shown = one.tokens[:-1] if one.finish == "stop" and one.tokens[-1] in stops else one.tokens
+    for one, ends in zip(found, stops, strict=True):
+        shown = one.tokens[:-1] if one.finish == "stop" and one.tokens[-1] in ends else one.tokens
         with tokenizing(bundle.path / TOKENIZER):
             results.append(dataclasses.replace(one, text=tokenizer.decode(list(shown))))
     return results

@@ -21,7 +21,8 @@ from sdct_export.adapter.entries import Array
 from sdct_export.errors import AdapterFormatError, ConfigError, SdctError, UnknownAdapterError
 from sdct_export.runtime import MultiAdapterModel
 from sdct_export.runtime import ort as ort_module
-from sdct_export.runtime.generation import Sampling
+from sdct_export.runtime.generation import Sampling, choose
+from sdct_export.runtime.steps import SharedSteps
 
 ROWS: list[dict[str, float]] = [{"a": 1.0}, {}, {"b": 1.0}, {"a": 0.5, "b": -0.75}, {}]
 PROMPTS = [row.tolist() for row in random_rows((9, 6, 3, 8, 1), seed=21)]
@@ -59,7 +60,7 @@ def greedy(model: nn.Module, prompt: Sequence[int], row: Mapping[str, float], ad
 
 
 def test_greedy_tokens_equal_transformers(made: Made, model: MultiAdapterModel) -> None:
-    got = model.generate(PROMPTS, [row or None for row in ROWS], max_new_tokens=20, stop_tokens=[])
+    got = model.generate(PROMPTS, [row or None for row in ROWS], max_new_tokens=20, stop_tokens=[], logprobs=True)
     for prompt, row, one in zip(PROMPTS, ROWS, got, strict=True):
         assert list(one.tokens) == greedy(made.model, prompt, row, made.adapters, 20)
         assert (one.finish, one.text) == ("length", None)
@@ -123,8 +124,6 @@ def test_samples_are_of_the_distribution_that_transformers_has(options: dict[str
     rng = np.random.default_rng(5)
     logits = rng.normal(scale=2.5, size=(4, 57)).astype(np.float32)
     history = rng.integers(0, 57, (4, 9))
-    seen = np.zeros(logits.shape, bool)
-    np.put_along_axis(seen, history, True, 1)
     steps = transformers.LogitsProcessorList()
     if "repetition_penalty" in options:
         steps.append(transformers.RepetitionPenaltyLogitsProcessor(options["repetition_penalty"]))
@@ -139,22 +138,28 @@ def test_samples_are_of_the_distribution_that_transformers_has(options: dict[str
     want = torch.softmax(scores, -1).numpy()
     count, sampling = 4000, Sampling(**options)
     uniform = (np.arange(count) + 0.5) / count  # an even sample of [0, 1): shares are off by 1 / count at most
-    chosen = np.stack([sampling.choose(logits, seen, np.full(4, u)) for u in uniform], 1)
+    chosen = np.stack([choose(logits, [sampling] * 4, history, np.full(4, u)).tokens for u in uniform], 1)
     for row in range(4):
         shares = np.bincount(chosen[row], minlength=57) / count
         np.testing.assert_allclose(shares, want[row], atol=1.01 / count)
         assert set(chosen[row]) <= set(np.flatnonzero(want[row]))
-    ends = [sampling.choose(logits, seen, np.full(4, u)) for u in (0.0, 1 - 2**-53)]
+    ends = [choose(logits, [sampling] * 4, history, np.full(4, u)).tokens for u in (0.0, 1 - 2**-53)]
     assert all((want[np.arange(4), tokens] > 0).all() for tokens in ends)
 
 
 def test_greedy_takes_the_largest_after_the_penalty() -> None:
     logits = np.array([[1.0, 3.0, 2.9], [-1.0, -0.5, -3.0]], np.float32)
-    seen = np.array([[False, True, False], [False, True, False]])
-    none = np.zeros((2, 3), bool)
-    assert Sampling().choose(logits, seen, np.zeros(2)).tolist() == [1, 1]
-    assert Sampling(repetition_penalty=2.5).choose(logits, seen, np.zeros(2)).tolist() == [2, 0]
-    assert Sampling(repetition_penalty=2.5).choose(logits, none, np.zeros(2)).tolist() == [1, 1]
+    seen, none = [np.array([1, 1])] * 2, [np.array([], np.int64)] * 2
+    plain, penalty = Sampling(), Sampling(repetition_penalty=2.5)
+
+    def tokens(samplings: list[Sampling], seen: Sequence[Array]) -> list[int]:
+        found: list[int] = choose(logits, samplings, seen, np.zeros(2)).tokens.tolist()
+        return found
+
+    assert tokens([plain, plain], seen) == [1, 1]
+    assert tokens([penalty, penalty], seen) == [2, 0]
+    assert tokens([plain, penalty], seen) == [1, 0]
+    assert tokens([penalty, penalty], none) == [1, 1]
 
 
 @pytest.fixture
@@ -247,18 +252,18 @@ def test_what_cannot_generate_says_so(
 def test_nan_is_refused_with_its_row_and_leaves_the_others_unharmed(
     model: MultiAdapterModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, calls = ort_module.OrtSteps.run, []
+    decode, calls = SharedSteps.decode, []
 
-    def damaged(self: ort_module.OrtSteps, *arguments: Any) -> Array:
-        logits = run(self, *arguments)
+    def damaged(self: SharedSteps, *arguments: Any) -> Array:
+        logits = decode(self, *arguments)
         calls.append(len(logits))
-        if len(calls) == 3:
-            logits[1, 0, 5] = np.nan
+        if len(calls) == 2:
+            logits[1, 5] = np.nan
         return logits
 
     before = model.generate(PROMPTS[:3], "a", max_new_tokens=5, stop_tokens=[])
     with monkeypatch.context() as patch:
-        patch.setattr(ort_module.OrtSteps, "run", damaged)
+        patch.setattr(SharedSteps, "decode", damaged)
         with pytest.raises(SdctError, match="row 1: the model gives NaN or infinite logits after 2 new tokens"):
             model.generate(PROMPTS[:3], "a", max_new_tokens=5, stop_tokens=[])
     assert model.generate(PROMPTS[:3], "a", max_new_tokens=5, stop_tokens=[]) == before

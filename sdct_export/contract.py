@@ -69,7 +69,8 @@ SENTENCE_EMBEDDING = "sentence_embedding"  # [batch, dim], the one output of a b
 BATCH, BLEND, SLOTS = "batch", "blend", "slots"  # symbolic dimensions
 INPUT_IDS, ATTENTION_MASK, POSITION_IDS = "input_ids", "attention_mask", "position_ids"
 LAST_LOGITS = "last_logits"
-TARGETS = ("ort", "standard")  # who computes the attention of a cached graph: an operator of ONNX Runtime's, or ONNX's
+TARGETS = ("ort", "standard", "tensorrt")  # who computes the attention of a cached graph, see `Cache`
+KEPT = "sdct.kept"  # value of a graph for TensorRT: which new tokens get logits, int64 [batch, kept]
 
 
 def edge_dtype(dtype: str) -> str:
@@ -107,8 +108,9 @@ class Cache:
     `dtype` is that of the keys and values in the graph's inputs and outputs. With target `ort` the attention is
     com.microsoft::GroupQueryAttention: the cache holds the tokens of a row side by side from its first column on,
     wherever the mask has them (of the past only their number counts), and the memory of a past may be that of its
-    present. With target `standard` it is made of ONNX's own operators, and a token keeps its column. `windows` are the
-    lengths of sliding windows in some of the layers.
+    present. With target `standard` it is made of ONNX's own operators, and a token keeps its column. With `tensorrt` it
+    is the same to whoever runs the graph; the values `KEPT` and those of `seen` have names in it, so that
+    `engine.lower` can put others in their place. `windows` are the lengths of sliding windows in some of the layers.
     """
 
     target: str
@@ -127,6 +129,14 @@ class Cache:
     def presents(self) -> tuple[str, ...]:
         """Names of the outputs with the cache, in the order of `pasts`."""
         return tuple(f"present.{i}.{part}" for i in range(self.layers) for part in ("key", "value"))
+
+    @property
+    def seen(self) -> dict[str, int | None]:
+        """Values of a graph for TensorRT and their windows: which columns a new token sees, `[batch, sequence, total]`.
+
+        Not every graph has them all: a model may have a window in every layer.
+        """
+        return {f"sdct.seen.{'all' if window is None else window}": window for window in (None, *self.windows)}
 
 
 BITS = {"int8": 8, "int4": 4}  # what weights can be quantized to, under the names of the command line

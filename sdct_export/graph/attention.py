@@ -49,6 +49,7 @@ class Attention:
     presents: dict[int, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
     windows: set[int] = dataclasses.field(default_factory=set)
     biases: dict[int | None, Tensor] = dataclasses.field(default_factory=dict)
+    tiles: dict[tuple[int | None, int], Tensor] = dataclasses.field(default_factory=dict)
     layer: int | None = None  # the one that has just handed over its keys
     turning: bool = False  # rotary positions are those of `rotary`; while checking, as far as seen
     tables: dict[int, Any] = dataclasses.field(default_factory=dict)  # of `rotary`
@@ -87,6 +88,12 @@ class Attention:
             least = torch.finfo(dtype).min / 2
             self.biases[window] = torch.where(visible, 0.0, least).to(dtype)[:, None, None]
         return self.biases[window]
+
+    def tiled(self, window: int | None, count: int) -> Tensor:
+        """The bias of target `tensorrt` (given, `[batch, 1, sequence, total]`), `count` times below each other."""
+        if (window, count) not in self.tiles:
+            self.tiles[window, count] = self.biases[window].repeat(1, 1, count, 1)
+        return self.tiles[window, count]
 
 
 active: list[Attention] = []  # of the forward that runs now; a registry hands nothing else on
@@ -168,7 +175,7 @@ def attend(
     window = attention_mask.window
     if window is not None:
         now.windows.add(window)
-    compute = _standard if now.target == "standard" else _group_query
+    compute = {"ort": _group_query, "standard": _standard, "tensorrt": _fusable}[now.target]
     output, *present = compute(now, layer, query, key, value, scale, softcap, window)
     now.presents[layer] = (present[0], present[1])
     return output, None
@@ -196,6 +203,33 @@ def _standard(
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
     output = weights.reshape(batch, groups, heads // groups * length, key.shape[2]) @ value
     return output.reshape(batch, heads, length, size).transpose(1, 2), key, value
+
+
+def _fusable(
+    now: Attention,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_standard`, with four dimensions from the first product to the last.
+
+    That is the pattern which TensorRT makes one kernel of, where it has one for the type, and else computes as it is.
+    Its parser knows ONNX's Attention from 10.14 on, but refuses soft caps, and a build fails where no kernel fits
+    (float32).
+    """
+    past_key, past_value = now.past(layer, key)
+    key, value = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
+    (batch, heads, length, size), groups = query.shape, key.shape[1]
+    scores = (query * scale).reshape(batch, groups, heads // groups * length, size) @ key.transpose(2, 3)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores + now.tiled(window, heads // groups)
+    weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).reshape(batch, heads, length, size).transpose(1, 2), key, value
 
 
 def _group_query(

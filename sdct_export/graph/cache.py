@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import onnx_ir as ir
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.reference import run_model
-from ..contract import ATTENTION_MASK, BATCH, INPUT_IDS, LAST_LOGITS, POSITION_IDS, TARGETS, Cache
+from ..contract import ATTENTION_MASK, BATCH, INPUT_IDS, KEPT, LAST_LOGITS, POSITION_IDS, TARGETS, Cache
 from ..errors import ConfigError, UnsupportedError, an
 from .attention import NAME, Attention, Handover, active
 from .function_body import Ops
@@ -39,12 +39,22 @@ class _Decoder(nn.Module):
     """A model whose attention goes through `attend`, as a function of its cache; only the tokens `kept` get logits.
 
     GroupQueryAttention reads the tokens of a row from its first column on. So they are moved there, in their order,
-    and `kept [batch, kept]` counts them; else it counts columns.
+    and `kept [batch, kept]` counts them; else it counts columns. For TensorRT, what a token sees is an input, for each
+    of `windows`: bool `[batch, sequence, total]`.
     """
 
-    def __init__(self, model: nn.Module, target: str, *, checking: bool = False, turning: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        target: str,
+        *,
+        checking: bool = False,
+        turning: bool = False,
+        windows: Sequence[int | None] = (),
+    ) -> None:
         super().__init__()
         self.model, self._target, self._checking, self.turning = model, target, checking, turning
+        self._windows = windows
 
     def forward(
         self,
@@ -53,6 +63,7 @@ class _Decoder(nn.Module):
         position_ids: Tensor,
         kept: Tensor,
         pasts: list[Tensor] | None,
+        visible: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
         (batch, length), seen = input_ids.shape, attention_mask != 0
         if self._target == "ort":
@@ -63,6 +74,9 @@ class _Decoder(nn.Module):
         pairs = None if pasts is None else list(zip(pasts[::2], pasts[1::2], strict=True))
         self.attention = attention = Attention(self._target, pairs, seen, length, self._checking)
         attention.turning = self.turning
+        for window, columns in zip(self._windows, visible, strict=True):
+            dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+            attention.biases[window] = torch.where(columns, 0.0, torch.finfo(dtype).min / 2).to(dtype)[:, None]
 
         def keep(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return args[0][torch.arange(batch)[:, None], kept], *args[1:]
@@ -89,8 +103,7 @@ def trace_decoder(model: nn.Module, target: str | None = None) -> tuple[ir.Model
 
     Args:
         model: a transformers model whose attention goes through the registry of transformers.
-        target: `ort`, `standard`, or None for `ort` where its operator takes the model's head size. `tensorrt` is
-            refused.
+        target: `ort`, `standard`, `tensorrt`, or None for `ort` where its operator takes the model's head size.
 
     Returns:
         the graph, and its cache. Inputs are those of `contract`, `last_logits` with a default.
@@ -100,14 +113,8 @@ def trace_decoder(model: nn.Module, target: str | None = None) -> tuple[ir.Model
         UnsupportedError: this family cannot have a cache here, or torch cannot trace or convert the model; names the
             family or the module, and the reason.
     """
-    if target == "tensorrt":
-        raise UnsupportedError(
-            "no TensorRT engine with a key-value cache can be built yet: the builder has no profiles for prefill and "
-            "decode, and the runtime does not keep a cache on the device; use --target standard for a graph of "
-            "ONNX's own operators, or --no-cache for an engine without one"
-        )
     if target not in (None, *TARGETS):
-        raise ConfigError(f"target must be one of {', '.join(TARGETS)} or tensorrt, got {target!r}")
+        raise ConfigError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
     with quiet(), _through_us(model), folded(model):
         shapes, windows, turning = _compare(model)
         cache = _cache_of(model, target, shapes, windows)
@@ -121,6 +128,8 @@ def trace_decoder(model: nn.Module, target: str | None = None) -> tuple[ir.Model
         )
     _unwrap(graph)
     _keep_by_default(graph, cache.target)
+    if cache.target == "tensorrt":
+        _see_by_default(graph, cache)
     return graph, cache
 
 
@@ -214,7 +223,7 @@ def _convert(model: nn.Module, cache: Cache, turning: bool) -> ir.Model:
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     pasts = [torch.zeros(batch, cache.kv_heads, past, cache.head_size, dtype=dtype) for _ in cache.pasts]
     mask = torch.ones(batch, past + length, dtype=torch.int64)
-    arguments = (
+    arguments: tuple[object, ...] = (
         ids,
         mask,
         ids + torch.arange(past, past + length),
@@ -226,15 +235,22 @@ def _convert(model: nn.Module, cache: Cache, turning: bool) -> ir.Model:
     total = dim(_TOTAL) if cache.target == "ort" else dim.AUTO  # the sum of two others where keys meet the mask
     sizes = ({0: rows, 1: tokens}, {0: rows, 1: total}, {0: rows, 1: tokens}, {0: rows, 1: dim(_KEPT)})
     names = [INPUT_IDS, ATTENTION_MASK, POSITION_IDS, _KEPT, *cache.pasts]
+    shapes: tuple[object, ...] = (*sizes, [{0: rows, 2: dim(_PAST)}] * len(pasts))
+    windows: list[int | None] = []
+    if cache.target == "tensorrt":
+        windows = list(cache.seen.values())
+        arguments = (*arguments, [mask[:, None].expand(-1, length, -1) != 0 for _ in windows])  # one tensor is one input
+        shapes = (*shapes, [{0: rows, 1: tokens, 2: dim.AUTO}] * len(windows))
+        names += cache.seen
 
     def convert() -> torch.onnx.ONNXProgram | None:
         with torch.no_grad():
             return torch.onnx.export(
-                _Decoder(model, cache.target, turning=turning),
+                _Decoder(model, cache.target, turning=turning, windows=windows),
                 arguments,
                 input_names=names,
                 output_names=["logits", *cache.presents],
-                dynamic_shapes=(*sizes, [{0: rows, 2: dim(_PAST)}] * len(pasts)),
+                dynamic_shapes=shapes,
                 dynamo=True,
                 verbose=False,
             )
@@ -280,7 +296,7 @@ def _keep_by_default(graph: ir.Model, target: str) -> None:
         last = ops("ReduceMax", ops("Mul", seen, columns), one, keepdims=1)
     count = ops("Where", flag, one, length)
     chosen = ops("Slice", ops("Where", flag, last, every), zero, count, one)
-    chosen.type, chosen.shape = kept.type, kept.shape
+    chosen.name, chosen.type, chosen.shape = KEPT, kept.type, kept.shape
     for user, index in list(kept.uses()):
         user.replace_input_with(index, chosen)
     inner.inputs.remove(kept)
@@ -289,3 +305,31 @@ def _keep_by_default(graph: ir.Model, target: str) -> None:
     for node in reversed(ops.nodes):
         inner.insert_before(inner[0], node)
     mask.shape = ir.Shape([BATCH, _TOTAL])
+
+
+def _see_by_default(graph: ir.Model, cache: Cache) -> None:
+    """Compute what a token sees from the mask and the positions: the tokens of its row up to itself, within a window.
+
+    Counted in tokens, not in columns: padding between the tokens of a row does not use up its window.
+    """
+    inner = graph.graph
+    inputs = {value.name: value for value in inner.inputs}
+    mask, own = inputs[ATTENTION_MASK], inputs[POSITION_IDS]
+    ops = Ops("sdct.seen")
+    one, two = ops.const([1]), ops.const([2])
+    token = ops("Cast", mask, to=ir.DataType.BOOL)
+    count = ops("CumSum", ops("Cast", token, to=ir.DataType.INT64), ops.const(1))
+    place, own = ops("Unsqueeze", ops("Sub", count, one), one), ops("Unsqueeze", own, two)
+    before = ops("And", ops("Unsqueeze", token, one), ops("LessOrEqual", place, own))
+    for name, window in cache.seen.items():
+        given = inputs[name]
+        inner.inputs.remove(given)
+        if not given.uses():
+            continue
+        near = ops("Less", ops("Sub", own, place), ops.const(2**62 if window is None else window))
+        chosen = ops("And", before, near)
+        given.name, chosen.name, chosen.type, chosen.shape = None, name, given.type, given.shape
+        for user, index in list(given.uses()):
+            user.replace_input_with(index, chosen)
+    for node in reversed(ops.nodes):
+        inner.insert_before(inner[0], node)

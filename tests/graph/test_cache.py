@@ -33,7 +33,9 @@ from sdct_export.verify import verify
 ROWS: list[dict[str, float]] = [{"a": 1.0}, {}, {"b": 1.0}, {"a": 0.5, "b": -0.75}, {}]
 LENGTHS, STEPS = (9, 6, 3, 8, 1), 5  # windows are 4 to 6: crossed in prefill, and by short rows in decode
 # quick: each target, windows and soft caps, a family of Conv1D layers; the others go the same way
-QUICK = {("llama", "ort"), ("gemma2", "ort"), ("gpt2", "standard"), ("mistral", "standard")}
+QUICK = {
+    ("llama", "ort"), ("gemma2", "ort"), ("gpt2", "standard"), ("mistral", "standard"), ("gemma3", "tensorrt"),
+}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -94,7 +96,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Ex
             (name, target), marks=[] if (name, target) in QUICK else [pytest.mark.slow], id=f"{name}-{target}"
         )
         for name in DECODERS
-        for target in ("ort", "standard")
+        for target in ("ort", "standard", "tensorrt")
     ],
 )
 def exported(request: pytest.FixtureRequest, exports: Callable[[str, str], Exported]) -> Exported:
@@ -313,7 +315,9 @@ def test_float16_stays_near_float32(tmp_path: Path) -> None:
         assert model.run({"input_ids": ids, "attention_mask": mask})["logits"].dtype == np.float16
 
 
-@pytest.mark.parametrize("target", ["ort", pytest.param("standard", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "target", ["ort", *(pytest.param(name, marks=pytest.mark.slow) for name in ("standard", "tensorrt"))]
+)
 def test_bfloat16_has_its_cache_and_attention_in_bfloat16(target: str, tmp_path: Path) -> None:
     """No CPU runs it: the same graph in float32 with its values rounded after each operator stands in."""
     family = DECODERS["llama"]
@@ -405,8 +409,7 @@ def test_what_cannot_have_a_cache_is_refused_by_name(name: str) -> None:
 def test_targets_and_tasks_that_cannot_be_are_refused(llama: Exported, tmp_path: Path) -> None:
     model, adapters = llama.model, {"a": llama.adapters["a"]}
     for target, error, match in (
-        ("tensorrt", UnsupportedError, "no TensorRT engine with a key-value cache can be built yet"),
-        ("coreml", ConfigError, "target must be one of ort, standard or tensorrt, got 'coreml'"),
+        ("coreml", ConfigError, "target must be one of ort, standard, tensorrt, got 'coreml'"),
     ):
         with pytest.raises(error, match=match):
             export_multi(model, adapters, tmp_path / "out", target=target)

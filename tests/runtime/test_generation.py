@@ -72,7 +72,7 @@ def test_greedy_tokens_equal_transformers(made: Made, model: MultiAdapterModel) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DECODERS)
-@pytest.mark.parametrize("target", ["ort", "standard"])
+@pytest.mark.parametrize("target", ["ort", "standard", "tensorrt"])
 def test_greedy_tokens_of_every_family_equal_transformers(name: str, target: str, tmp_path: Path) -> None:
     made = Made(name, target, tmp_path)
     with MultiAdapterModel(made.bundle) as model:

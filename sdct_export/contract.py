@@ -70,7 +70,7 @@ BATCH, BLEND, SLOTS = "batch", "blend", "slots"  # symbolic dimensions
 INPUT_IDS, ATTENTION_MASK, POSITION_IDS = "input_ids", "attention_mask", "position_ids"
 LAST_LOGITS = "last_logits"
 TARGETS = ("ort", "standard", "tensorrt")  # who computes the attention of a cached graph, see `Cache`
-KEPT = "sdct.kept"  # value of a graph for TensorRT: which new tokens get logits, int64 [batch, kept]
+KEPT = "kept"  # which new tokens get logits, int64 [batch, kept]: a value of a cached graph, an input of its engine
 
 
 def edge_dtype(dtype: str) -> str:

@@ -27,6 +27,7 @@ ENGINE_FILE = "model.engine"  # default name inside a bundle
 GRAPH_FILE = "model.tensorrt.onnx"  # the graph without function bodies, beside the weights it shares with model.onnx
 OLD_GRAPH_FILE = "model.tensorrt8.6.onnx"  # the same in the opset TensorRT 8 and 9 read
 OLDEST_GRAPH_FILE = "model.tensorrt8.onnx"  # and without LayerNormalization, which 8.5 does not know
+SCATTER_GRAPH_FILE = "model.tensorrt10.15.onnx"  # with a cache that is written in place
 MANIFEST_VERSION = 1
 PLUGIN = "sdct_tensorrt"  # the plugin library, see `native.find_library`
 PLUGIN_NONE, PLUGIN_LIBRARY, PLUGIN_EMBEDDED = "none", "library", "embedded"
@@ -34,6 +35,7 @@ _LARGEST_JSON = 16 << 20
 _CACHE_LIMIT = 1 << 30
 
 Range = tuple[int, int, int]  # smallest, most usual, largest
+Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # of each input, likewise
 Progress = Callable[[str, int, int], None]  # phase, step, steps
 
 
@@ -46,6 +48,8 @@ class Profile:
         sequence: tokens of a row; text models only.
         slots: adapters in the bank plus one; costs no memory before they are used.
         blend: adapters mixed in one row.
+        length: columns of the key-value cache, so many tokens may a row have in all; language models with a cache
+            only, of which `sequence` is then how many are read in one step of the prompt.
 
     Raises:
         ConfigError: a range is not ascending or starts below 1.
@@ -55,6 +59,7 @@ class Profile:
     sequence: Range = (1, 128, 512)
     slots: Range = (2, 256, 4096)
     blend: Range = (1, 1, 4)
+    length: Range = (1, 1024, 4096)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -73,7 +78,9 @@ class EngineManifest:
 
     `model_sha256` is that of the bundle's `model.onnx`; `shapes` maps every input to its smallest, most usual and
     largest shape; `plugin` is `none`, `library` (load it first) or `embedded` (the engine carries it); `concurrent`
-    says whether several execution contexts may share the profile.
+    says whether several execution contexts may share the profile. Of an engine with a key-value cache `shapes` are
+    those of prefill, `decode` those of a second profile for one token a row (empty where the first is for both), and
+    `in_place` says that its presents lie in the memory of its pasts.
     """
 
     model_sha256: str
@@ -81,7 +88,9 @@ class EngineManifest:
     tensorrt: str
     plugin: str
     concurrent: bool
-    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+    shapes: Shapes
+    decode: Shapes = dataclasses.field(default_factory=dict)
+    in_place: bool = False
 
     @property
     def max_slots(self) -> int:
@@ -97,16 +106,14 @@ class EngineManifest:
         try:
             if raw.pop("format_version") != MANIFEST_VERSION:
                 raise ValueError("another format_version")
-            shapes = {
-                str(name): (_shape(low), _shape(usual), _shape(high))
-                for name, (low, usual, high) in raw.pop("shapes").items()
-            }
-            for name, (low, usual, high) in shapes.items():
-                if not len(low) == len(usual) == len(high) or (name.startswith("sdct.") and not high):
-                    raise ValueError(f"the shapes of {name!r} do not belong together")
-            manifest = cls(**raw, shapes=shapes)
+            shapes, decode = _shapes(raw.pop("shapes")), _shapes(raw.pop("decode", {}))
+            ranks = {name: len(low) for name, (low, _, _) in shapes.items()}
+            if decode and ranks != {name: len(low) for name, (low, _, _) in decode.items()}:
+                raise ValueError("the shapes of both profiles do not belong together")
+            manifest = cls(**raw, shapes=shapes, decode=decode)
             texts = (manifest.model_sha256, manifest.engine_sha256, manifest.tensorrt, manifest.plugin)
-            if not all(isinstance(text, str) for text in texts) or not isinstance(manifest.concurrent, bool):
+            flags = (manifest.concurrent, manifest.in_place)
+            if not all(isinstance(text, str) for text in texts) or not all(isinstance(flag, bool) for flag in flags):
                 raise ValueError("a field has another type")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise AdapterFormatError(f"{file} is damaged ({error}); build the engine again") from error
@@ -155,9 +162,9 @@ def build_engine(
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
     engine = Path(output) if output is not None else bundle.path / ENGINE_FILE
-    shapes = profile_shapes(bundle, profile or default_profile(bundle))
     trt = _tensorrt_or_none()
     version = settings.NEWEST if trt is None else parse_version(str(trt.__version__))
+    profiles = engine_profiles(bundle, profile or default_profile(bundle), version)
     graph = prepare_graph(bundle, version=version)
     library = find_plugin(None if trt is None else str(trt.__version__)) if bundle.groups else None
     cache = Path(timing_cache) if timing_cache is not None else None
@@ -165,7 +172,7 @@ def build_engine(
         version,
         bundle.dtype,
         graph,
-        shapes,
+        profiles,
         library=(library or Path(f"lib{PLUGIN}.so")) if bundle.groups else None,
         embed=embed_plugin,
         in_place=in_place,
@@ -184,7 +191,7 @@ def build_engine(
     log = Log(trt)
     if library is not None:
         load_plugin(trt, library)
-    plan, cache_bytes = _build(trt, log, version, graph, shapes, told, cache, progress)
+    plan, cache_bytes = _build(trt, log, version, graph, profiles[0], told, cache, progress)
     with new_file(engine) as work:
         try:
             work.write_bytes(plan)
@@ -197,7 +204,16 @@ def build_engine(
     embedded = embed_plugin and settings.carries_plugins(version)
     plugin = PLUGIN_NONE if library is None else PLUGIN_EMBEDDED if embedded else PLUGIN_LIBRARY
     concurrent = settings.shares_profiles(version)
-    manifest = EngineManifest(bundle.model_sha256, sha256, str(trt.__version__), plugin, concurrent, shapes)
+    manifest = EngineManifest(
+        bundle.model_sha256,
+        sha256,
+        str(trt.__version__),
+        plugin,
+        concurrent,
+        profiles[0],
+        profiles[1] if len(profiles) > 1 else {},
+        bundle.cache is not None and settings.writes_cache_in_place(version),
+    )
     manifest.write(engine)
     return manifest
 
@@ -206,7 +222,7 @@ def build_engine(
 
 
 def default_profile(bundle: Bundle) -> Profile:
-    """`Profile()`, with the sequence limited to the longest the base model can read."""
+    """`Profile()`, with sequence and length limited to the longest the base model can read."""
     limit = bundle.max_tokens
     if limit is None:  # positions that are computed go on, but not further than it was trained for
         with contextlib.suppress(AdapterFormatError):  # config.json only refines
@@ -215,13 +231,36 @@ def default_profile(bundle: Bundle) -> Profile:
     usual = Profile()
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
         return usual
-    low, opt, high = usual.sequence
-    return dataclasses.replace(usual, sequence=(low, min(opt, limit), min(high, limit)))
+    ranges = {
+        name: (low, min(opt, limit), min(high, limit))
+        for name, (low, opt, high) in (("sequence", usual.sequence), ("length", usual.length))
+    }
+    return dataclasses.replace(usual, **ranges)
 
 
-def profile_shapes(
-    bundle: Bundle, profile: Profile
-) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+def engine_profiles(bundle: Bundle, profile: Profile, version: settings.Version) -> list[Shapes]:
+    """Shapes of every input, for each optimization profile.
+
+    One, but with a key-value cache two: of prefill, and of decode with one token a row. Before TensorRT 9, whose
+    `trtexec` knows one profile, that is for both and is tuned for one token.
+
+    Raises:
+        ConfigError: a step of the prompt is longer than the cache. UnsupportedError: as `profile_shapes`.
+    """
+    if bundle.cache is None:
+        return [profile_shapes(bundle, profile)]
+    if profile.sequence[2] > profile.length[2]:
+        raise ConfigError(
+            f"a step of {profile.sequence[2]} tokens (--sequence) does not fit into a cache of "
+            f"{profile.length[2]} (--length); make --sequence smaller"
+        )
+    decode = dataclasses.replace(profile, sequence=(1, 1, 1))
+    if not settings.has_profiles(version):
+        return [profile_shapes(bundle, dataclasses.replace(profile, sequence=(1, 1, profile.sequence[2])))]
+    return [profile_shapes(bundle, profile), profile_shapes(bundle, decode)]
+
+
+def profile_shapes(bundle: Bundle, profile: Profile) -> Shapes:
     """Smallest, most usual and largest shape of every input of the graph.
 
     Raises:
@@ -229,6 +268,10 @@ def profile_shapes(
     """
     ranges: dict[str, Range] = {field.name: getattr(profile, field.name) for field in dataclasses.fields(profile)}
     inputs: dict[str, tuple[int | str, ...]] = {spec.name: spec.shape for spec in bundle.inputs}
+    if (cache := bundle.cache) is not None:  # see `lower.keep_in_buffers`
+        inputs = dict.fromkeys((contract.INPUT_IDS, contract.POSITION_IDS), inputs[contract.INPUT_IDS])
+        inputs[contract.KEPT] = (contract.BATCH, 1)
+        inputs |= dict.fromkeys(cache.pasts, (contract.BATCH, cache.kv_heads, "length", cache.head_size))
     if bundle.kind == "multi":
         batch = bundle.inputs[0].shape[0]
         inputs |= dict.fromkeys((contract.ADAPTER_IDS, contract.ADAPTER_SCALES), (batch, contract.BLEND))
@@ -270,28 +313,31 @@ def prepare_graph(bundle: Bundle, *, version: tuple[int, int] = settings.NEWEST)
     Args:
         bundle: the bundle.
         version: of the TensorRT that will read it. 8 and 9 read ONNX up to opset 17 and no Gelu, 8.5 no
-            LayerNormalization; for a float16 bundle their graph says which nodes are float32.
+            LayerNormalization; for a float16 bundle their graph says which nodes are float32. From 10.15 on a
+            key-value cache is written in place.
 
     Raises:
         UnsupportedError: onnx is missing, the graph cannot be converted, the bundle is quantized or has a key-value
-            cache, or TensorRT is too old for bfloat16.
+            cache of another target, or TensorRT is too old for bfloat16.
     """
     if bundle.quantization is not None:
         raise UnsupportedError(
             f"{bundle.path} is quantized for ONNX Runtime, whose operator MatMulNBits TensorRT does not have; export "
             "without --quantize, in float16 for its speed"
         )
-    if bundle.cache is not None:
+    if bundle.cache is not None and bundle.cache.target != "tensorrt":
         raise UnsupportedError(
-            f"{bundle.path} has a key-value cache, for which no engine can be built yet: there are no profiles for "
-            "prefill and decode, and no cache on the device; export it with --no-cache (cache=False)"
+            f"{bundle.path} has a key-value cache for target {bundle.cache.target!r}; export it for an engine, with "
+            "--target tensorrt, or --no-cache for one without a cache"
         )
     old = version < (10, 0)
     check_dtype(bundle.dtype, version)
-    if bundle.kind == "merged" and not old:
+    if bundle.kind == "merged" and not old and bundle.cache is None:
         return bundle.model_path
     oldest = version < settings.LAYER_NORMALIZATION
-    target = bundle.path / (OLDEST_GRAPH_FILE if oldest else OLD_GRAPH_FILE if old else GRAPH_FILE)
+    in_place = bundle.cache is not None and settings.writes_cache_in_place(version)
+    newer = SCATTER_GRAPH_FILE if in_place else GRAPH_FILE
+    target = bundle.path / (OLDEST_GRAPH_FILE if oldest else OLD_GRAPH_FILE if old else newer)
     try:
         import onnx
 
@@ -310,6 +356,8 @@ def prepare_graph(bundle: Bundle, *, version: tuple[int, int] = settings.NEWEST)
     except Exception as error:  # protobuf's errors share no public base class
         raise AdapterFormatError(f"{bundle.model_path} is no ONNX file ({error}); export the bundle again") from error
     model = lower.for_plugin(model)
+    if bundle.cache is not None:
+        model = lower.keep_in_buffers(model, bundle.cache, in_place=in_place)
     if old:
         mixed = settings.is_mixed(version, bundle.dtype)
         model = lower.to_opset_17(model, layer_normalization=not oldest, mixed=mixed)
@@ -378,7 +426,7 @@ def _build(
     log: Log,
     version: settings.Version,
     graph: Path,
-    shapes: Mapping[str, Sequence[tuple[int, ...]]],
+    shapes: Shapes,
     told: Sequence[settings.Setting],
     cache: Path | None,
     progress: Progress | None,
@@ -447,6 +495,14 @@ def _monitor(trt: Any, progress: Progress) -> Any:
             progress(phase_name, steps, steps)
 
     return Monitor()
+
+
+def _shapes(raw: Mapping[str, Any]) -> Shapes:
+    shapes = {str(name): (_shape(low), _shape(usual), _shape(high)) for name, (low, usual, high) in raw.items()}
+    for name, (low, usual, high) in shapes.items():
+        if not len(low) == len(usual) == len(high) or (name.startswith("sdct.") and not high):
+            raise ValueError(f"the shapes of {name!r} do not belong together")
+    return shapes
 
 
 def _shape(raw: object) -> tuple[int, ...]:

@@ -1,4 +1,5 @@
-"""What TensorRT's ONNX parser needs of a graph: `SpectralDelta` left to the plugin, and opset 17 for old versions."""
+"""What TensorRT's ONNX parser needs of a graph: `SpectralDelta` left to the plugin, opset 17 for old versions, and a
+key-value cache that stays where it is."""
 
 from __future__ import annotations
 
@@ -11,15 +12,165 @@ import onnx.inliner
 import onnx.version_converter
 from onnx import TensorProto, helper, numpy_helper
 
-from ..contract import DOMAIN
+from ..contract import ATTENTION_MASK, BATCH, DOMAIN, KEPT, LAST_LOGITS, POSITION_IDS, Cache
 from ..errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 OLD_OPSET = 17
+SCATTER_OPSET = 24  # the first with TensorScatter
 NO_LAYER = {"Constant", "If", "Loop", "Scan"}  # what the parser makes of these has names of its own
 NO_NUMBERS = {"Shape", "Size"}  # of what they read only the extents matter
+
+
+def keep_in_buffers(model: onnx.ModelProto, cache: Cache, *, in_place: bool) -> onnx.ModelProto:
+    """A graph of target `tensorrt` with its cache in buffers that are longer than what they hold. Changes `model`.
+
+    Its inputs beside those of the adapters, and its outputs:
+
+        input_ids, position_ids [batch, sequence]  int64   the new tokens of a row, side by side
+        kept                    [batch, 1]         int64   which of them has its logits computed
+        past_key_values.<i>.key [batch, kv_heads, length, head_size], .value   the first columns hold the tokens before
+        logits                  [batch, 1, vocabulary]
+        present.<i>.key, .value as the past, with the new tokens from column `position_ids[:, 0]` on
+
+    A token sees the columns up to its own position, so no mask is needed: what lies in the columns behind is never
+    seen, whatever finite numbers it is.
+
+    Args:
+        model: the graph of the bundle.
+        cache: that of the bundle.
+        in_place: write with TensorScatter (opset 24), whose present TensorRT has in the memory of the past; else with
+            ScatterND, whose present is another buffer.
+
+    Raises:
+        UnsupportedError: the graph is not as `graph.cache` made it.
+    """
+    graph = model.graph
+    nodes = {name: node for node in graph.node for name in node.output}
+    new = _Nodes(graph, "sdct.buffers")
+    zero, one, two, three = (new.constant([number], np.int64) for number in range(4))
+    start = new("Slice", POSITION_IDS, zero, one, one)
+    shape = new("Shape", cache.pasts[0])
+    length = new("Squeeze", new("Slice", shape, two, three), zero)
+    column = new("Range", new.constant(0, np.int64), length, new.constant(1, np.int64))
+    column = new("Unsqueeze", column, new.constant([0, 1], np.int64))
+    own = new("Unsqueeze", POSITION_IDS, two)
+    found = 0
+    for name, window in cache.seen.items():
+        if name not in nodes:
+            continue
+        found += 1
+        _rename(nodes[name], name)
+        before = new("LessOrEqual", column, own, out=name if window is None else None)
+        if window is not None:
+            new("And", before, new("Less", new("Sub", own, column), new.constant(window, np.int64)), out=name)
+    if not found or KEPT not in nodes:
+        raise UnsupportedError(
+            "this graph has no named values for what a token sees, as one for TensorRT has; export it again with "
+            "--target tensorrt"
+        )
+    _rename(nodes[KEPT], KEPT)
+    places = new("Squeeze", start, one) if in_place else _places(new, cache, shape, start)
+    for past, present in zip(cache.pasts, cache.presents, strict=True):
+        node = nodes.get(present)
+        if node is None or node.op_type != "Concat" or len(node.input) != 2 or node.input[0] != past:
+            raise UnsupportedError(f"{present!r} is not {past!r} and the new tokens; export the bundle again")
+        update = node.input[1]
+        del node.attribute[:]
+        node.op_type = "TensorScatter" if in_place else "ScatterND"
+        node.input[:] = [past, update, places] if in_place else [past, places, update]
+        if in_place:
+            node.attribute.append(helper.make_attribute("axis", -2))
+    if in_place:
+        for opset in (*model.opset_import, *(opset for function in model.functions for opset in function.opset_import)):
+            opset.version = max(opset.version, SCATTER_OPSET) if not opset.domain else opset.version
+    for i, node in enumerate(new.nodes):
+        graph.node.insert(i, node)
+    for values in (graph.input, graph.initializer):
+        for value in [value for value in values if value.name in (ATTENTION_MASK, LAST_LOGITS)]:
+            values.remove(value)
+    graph.input.append(helper.make_tensor_value_info(KEPT, TensorProto.INT64, [BATCH, 1]))
+    _name_extents(graph, cache)
+    _drop_unused(graph)
+    return model
+
+
+def _places(new: _Nodes, cache: Cache, shape: str, start: str) -> str:
+    """Where ScatterND puts the new tokens, `[batch, kv_heads, sequence, 3]`: row, head and column of each."""
+    zero, one, two = (new.constant([number], np.int64) for number in range(3))
+    first, step = new.constant(0, np.int64), new.constant(1, np.int64)
+    batch = new("Slice", shape, zero, one)
+    length = new("Slice", new("Shape", POSITION_IDS), one, two)
+    rows = new("Range", first, new("Squeeze", batch, zero), step)
+    ahead = new("Range", first, new("Squeeze", length, zero), step)
+    heads = new.constant(np.arange(cache.kv_heads)[None, :, None, None], np.int64)
+    columns = new("Unsqueeze", new("Add", start, ahead), new.constant([1, 3], np.int64))
+    parts = (new("Unsqueeze", rows, new.constant([1, 2, 3], np.int64)), heads, columns)
+    whole = new("Concat", batch, new.constant([cache.kv_heads], np.int64), length, one, axis=0)
+    return new("Concat", *(new("Expand", part, whole) for part in parts), axis=-1)
+
+
+def _rename(node: onnx.NodeProto, name: str) -> None:
+    """Let `node` give `name` no more."""
+    node.output[:] = [f"{output}.unused" if output == name else output for output in node.output]
+
+
+def _name_extents(graph: onnx.GraphProto, cache: Cache) -> None:
+    """Extents as they are now: a cache has `length` columns, in and out, and there is one token with logits."""
+    for value in (*graph.input, *graph.output):
+        if value.name in cache.pasts or value.name in cache.presents:
+            value.type.tensor_type.shape.dim[2].dim_param = "length"
+        if value.name == "logits":
+            value.type.tensor_type.shape.dim[1].dim_value = 1
+    for value in graph.value_info:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param not in (BATCH, "sequence"):
+                dim.ClearField("dim_param")
+
+
+def _drop_unused(graph: onnx.GraphProto) -> None:
+    """Remove nodes whose results nobody reads."""
+    needed = {value.name for value in graph.output}
+    kept = []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            needed.update(_reads(node))
+            kept.append(node)
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
+
+
+def _reads(node: onnx.NodeProto) -> Iterable[str]:
+    yield from node.input
+    for attribute in node.attribute:
+        for inner in attribute.g.node if attribute.HasField("g") else ():
+            yield from _reads(inner)
+        if attribute.HasField("g"):
+            yield from (value.name for value in attribute.g.output)
+
+
+class _Nodes:
+    """New nodes one after another, each value under a name of its own below `prefix`."""
+
+    def __init__(self, graph: onnx.GraphProto, prefix: str) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self._graph, self._prefix, self._names = graph, prefix, 0
+
+    def __call__(self, op_type: str, *inputs: str, out: str | None = None, **attributes: Any) -> str:
+        name = self._name()
+        self.nodes.append(helper.make_node(op_type, list(inputs), [out or name], name=f"{name}.{op_type}", **attributes))
+        return out or name
+
+    def constant(self, value: Any, dtype: Any = np.float32) -> str:
+        name = self._name()
+        self._graph.initializer.append(numpy_helper.from_array(np.array(value, dtype), name))
+        return name
+
+    def _name(self) -> str:
+        self._names += 1
+        return f"{self._prefix}.{self._names}"
 
 
 def for_plugin(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -106,18 +257,23 @@ def name_float32(graph: onnx.GraphProto, count: int = 0, around: Mapping[str, in
 
 
 def _expand(graph: onnx.GraphProto, layer_normalization: bool, mixed: bool) -> None:
-    """Replace LayerNormalization, Gelu and Split by operators that exist, or convert to, in opset 17."""
+    """Replace LayerNormalization, Gelu and Split by operators that exist, or convert to, in opset 17.
+
+    So is Shape with bounds, of which the parsers before TensorRT 10 give the whole shape all the same.
+    """
     values = {v.name: v.type.tensor_type for v in (*graph.input, *graph.value_info, *graph.output)}
     replace: dict[str, Callable[[_Expansion], None]] = {
         "LayerNormalization": _layer_normalization,
         "Gelu": _gelu,
         "Split": _split,
+        "Shape": _shape,
     }
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         known = node.op_type == "LayerNormalization" and layer_normalization and not any(node.output[1:])
         if known and mixed:
             known = node.output[0] in values and values[node.output[0]].elem_type != TensorProto.FLOAT
+        known = known or (node.op_type == "Shape" and not node.attribute)
         if node.op_type in replace and not node.domain and not known:
             expansion = _Expansion(graph, node, values)
             replace[node.op_type](expansion)
@@ -216,3 +372,10 @@ def _split(op: _Expansion) -> None:
         bounds = (op.constant([v], np.int64) for v in (start, stop, axis))
         op("Slice", op.node.input[0], *bounds, out=out)
         start = stop
+
+
+def _shape(op: _Expansion) -> None:
+    """The whole shape, and a Slice of it."""
+    start, stop = op.given.get("start", 0), op.given.get("end", 2**31 - 1)
+    bounds = (op.constant([v], np.int64) for v in (start, stop, 0))
+    op("Slice", op("Shape", op.node.input[0]), *bounds, out=op.node.output[0])

@@ -17,6 +17,8 @@ Shapes = Mapping[str, Sequence[tuple[int, ...]]]
 
 NEWEST: Version = (10, 0)  # whose command is printed where TensorRT is missing: later ones take it, too
 LAYER_NORMALIZATION: Version = (8, 6)  # the first whose parser knows it
+TENSOR_SCATTER: Version = (10, 15)  # likewise
+PROFILES: Version = (9, 0)  # the first whose `trtexec` takes several
 _FLOAT32 = re.compile(rb"float32(?:\.in)?\[\d+\]")  # what `lower.name_float32` names nodes
 _HELPERS = ("(Unnamed Layer", "ONNXTRT_")  # layers that the parser adds and does not name after a node (8; 9)
 
@@ -57,11 +59,21 @@ def shares_profiles(version: Version) -> bool:
     return version >= (8, 6)
 
 
+def has_profiles(version: Version) -> bool:
+    """Whether prefill and decode have optimization profiles of their own."""
+    return version >= PROFILES
+
+
+def writes_cache_in_place(version: Version) -> bool:
+    """Whether TensorRT keeps the present of a key-value cache in the memory of its past."""
+    return version >= TENSOR_SCATTER
+
+
 def builder_settings(
     version: Version,
     dtype: str,
     graph: Path,
-    shapes: Shapes,
+    profiles: Sequence[Shapes],
     *,
     library: Path | None,
     embed: bool,
@@ -73,12 +85,12 @@ def builder_settings(
         version: of TensorRT.
         dtype: of the bundle.
         graph: the file that the parser reads.
-        shapes: smallest, most usual and largest shape of each input.
+        profiles: smallest, most usual and largest shape of each input, for each optimization profile.
         library: the plugin library, None for a graph without plugin nodes.
         embed: let the engine carry the library, where it can.
         in_place: let the plugin update y in place, where TensorRT can (10.3 on).
     """
-    settings = [_profile(shapes)]
+    settings = [_profile(i, profiles) for i in range(len(profiles))]
     settings.append(Setting(("--noTF32",), lambda b: b.config.clear_flag(b.trt.BuilderFlag.TF32)))  # it has 10 bits
     if library is not None:
         settings += _plugin(version, library, embed)
@@ -113,9 +125,11 @@ def network_flags(trt: Any, version: Version) -> int:
     return 1 << int(flags.STRONGLY_TYPED if is_strongly_typed(version) else flags.EXPLICIT_BATCH)
 
 
-def _profile(shapes: Shapes) -> Setting:
-    dynamic = {name: three for name, three in shapes.items() if tuple(three[0]) != tuple(three[2])}
-    options = []
+def _profile(index: int, profiles: Sequence[Shapes]) -> Setting:
+    shapes = profiles[index]
+    extents = {name: {tuple(shape) for profile in profiles for shape in profile[name]} for name in shapes}
+    dynamic = {name: three for name, three in shapes.items() if len(extents[name]) > 1}
+    options = [f"--profile={index}"] if len(profiles) > 1 else []
     for i, option in enumerate(("minShapes", "optShapes", "maxShapes") if dynamic else ()):
         items = (f"{name}:{'x'.join(map(str, three[i]))}" for name, three in dynamic.items())
         options.append(f"--{option}={','.join(items)}")

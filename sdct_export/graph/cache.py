@@ -26,7 +26,7 @@ from .match import SCOPES
 from .rotary import folded
 from .trace import SEQUENCE, converted, quiet
 
-_KEPT, _PAST, _TOTAL = "kept", "past", "total"  # symbolic dimensions
+_PAST, _TOTAL = "past", "total"  # symbolic dimensions
 _HEAD_SIZES = 8  # GroupQueryAttention takes multiples of it
 _AGREE = {torch.float32: 1e-3}  # largest difference in `_compare`, of the size of the logits; 5e-2 in half types
 # model types whose export with a cache is compared with transformers in tests/graph/test_cache.py
@@ -233,8 +233,8 @@ def _convert(model: nn.Module, cache: Cache, turning: bool) -> ir.Model:
     dim = torch.export.Dim
     rows, tokens = dim(BATCH), dim(SEQUENCE)
     total = dim(_TOTAL) if cache.target == "ort" else dim.AUTO  # the sum of two others where keys meet the mask
-    sizes = ({0: rows, 1: tokens}, {0: rows, 1: total}, {0: rows, 1: tokens}, {0: rows, 1: dim(_KEPT)})
-    names = [INPUT_IDS, ATTENTION_MASK, POSITION_IDS, _KEPT, *cache.pasts]
+    sizes = ({0: rows, 1: tokens}, {0: rows, 1: total}, {0: rows, 1: tokens}, {0: rows, 1: dim(KEPT)})
+    names = [INPUT_IDS, ATTENTION_MASK, POSITION_IDS, KEPT, *cache.pasts]
     shapes: tuple[object, ...] = (*sizes, [{0: rows, 2: dim(_PAST)}] * len(pasts))
     windows: list[int | None] = []
     if cache.target == "tensorrt":
@@ -279,7 +279,7 @@ def _keep_by_default(graph: ir.Model, target: str) -> None:
     """
     inner = graph.graph
     inputs = {value.name: value for value in inner.inputs}
-    kept, mask, ids = inputs[_KEPT], inputs[ATTENTION_MASK], inputs[INPUT_IDS]
+    kept, mask, ids = inputs[KEPT], inputs[ATTENTION_MASK], inputs[INPUT_IDS]
     flag = ir.Value(name=LAST_LOGITS, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([1]))
     flag.const_value = ir.tensor([False], dtype=ir.DataType.BOOL, name=LAST_LOGITS)
     ops = Ops("sdct.kept")

@@ -530,7 +530,7 @@ def test_damaged_manifests(tmp_path: Path, damage: str) -> None:
 def test_trtexec_leaves_fixed_shapes_out() -> None:
     shapes = {"a": ((1, 2), (1, 2), (1, 2)), "b": ((1,), (2,), (3,))}
     told = settings.builder_settings(
-        (10, 16), "float32", Path("g.onnx"), shapes, library=None, embed=True, in_place=True
+        (10, 16), "float32", Path("g.onnx"), [shapes], library=None, embed=True, in_place=True
     )
     command = settings.command((10, 16), Path("g.onnx"), Path("e.engine"), told, None)
     assert "--minShapes=b:1 --optShapes=b:2 --maxShapes=b:3" in command

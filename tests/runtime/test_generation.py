@@ -70,15 +70,29 @@ def test_greedy_tokens_equal_transformers(made: Made, model: MultiAdapterModel) 
         np.testing.assert_allclose(one.logprobs, want, atol=1e-4)
 
 
-@pytest.mark.slow
+def margin(made: Made, tokens: Sequence[int], row: Mapping[str, float]) -> float:
+    """How much more probable, in logits, transformers finds its next token than the second best."""
+    logits = torch_logits(made.model, [np.array(tokens)], [row], made.adapters)[0][-1]
+    first, second = np.sort(logits)[::-1][:2]
+    return float(first - second)
+
+
 @pytest.mark.parametrize("name", DECODERS)
-@pytest.mark.parametrize("target", ["ort", "standard", "tensorrt"])
+@pytest.mark.parametrize(
+    "target", ["ort", *(pytest.param(target, marks=pytest.mark.slow) for target in ("standard", "tensorrt"))]
+)
 def test_greedy_tokens_of_every_family_equal_transformers(name: str, target: str, tmp_path: Path) -> None:
-    made = Made(name, target, tmp_path)
+    """Over 64 steps; where two tokens are as probable to 1e-4 either may come, and what follows is not compared."""
+    made, close = Made(name, target, tmp_path), 0
     with MultiAdapterModel(made.bundle) as model:
-        got = model.generate(PROMPTS, [row or None for row in ROWS], max_new_tokens=40, stop_tokens=[])
+        got = model.generate(PROMPTS, [row or None for row in ROWS], max_new_tokens=64, stop_tokens=[])
     for prompt, row, one in zip(PROMPTS, ROWS, got, strict=True):
-        assert list(one.tokens) == greedy(made.model, prompt, row, made.adapters, 40)
+        want = greedy(made.model, prompt, row, made.adapters, 64)
+        equal = next((i for i, pair in enumerate(zip(one.tokens, want, strict=True)) if pair[0] != pair[1]), 64)
+        if equal < 64:
+            close += 1
+            assert margin(made, [*prompt, *want[:equal]], row) < 1e-4
+    assert close <= 1  # of five rows: or nothing would have been compared
 
 
 def test_a_row_ends_at_its_stop_token_and_others_go_on(made: Made, model: MultiAdapterModel) -> None:

@@ -22,7 +22,7 @@ from sdct_export.contract import Cache
 VOCABULARY = 99
 _SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "intermediate_size": 90, "max_position_embeddings": 64, "pad_token_id": 0,
+    "num_key_value_heads": 2, "intermediate_size": 90, "max_position_embeddings": 96, "pad_token_id": 0,
     "bos_token_id": 1, "eos_token_id": 2, "head_dim": 8,
 }  # fmt: skip
 
@@ -44,7 +44,7 @@ def _gpt2() -> Any:
     from transformers import GPT2Config
 
     return GPT2Config(
-        vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=6, n_positions=64, bos_token_id=1, eos_token_id=2
+        vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=6, n_positions=96, bos_token_id=1, eos_token_id=2
     )
 
 

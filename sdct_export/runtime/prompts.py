@@ -13,8 +13,11 @@ from ..adapter.entries import Array
 from ..bundle.description import Bundle
 from ..errors import AdapterFormatError, ConfigError
 from ..files import read_json
+from .chat import ChatTemplate, Message, is_chat
 from .generation import Generation, Sampling
 from .request import TOKENIZER, tokenizer_of, tokenizing
+
+Prompt = str | Sequence[int] | Sequence[Message]  # a text, token ids, or a chat
 
 _LARGEST_JSON = 16 << 20
 _NAMES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -65,16 +68,29 @@ def read_defaults(bundle: Bundle) -> Defaults:
     return Defaults(numbers, frozenset(stops))
 
 
-def encode_prompts(bundle: Bundle, prompts: Sequence[str | Sequence[int]]) -> list[Array]:
-    """Token ids of each prompt, int64 `[tokens]`. Raises `ConfigError` where there is none, or one is no prompt."""
+def encode_prompts(bundle: Bundle, prompts: Sequence[Prompt]) -> list[Array]:
+    """Token ids of each prompt, int64 `[tokens]`: of a text with the tokenizer's special tokens, of a chat without.
+
+    Raises:
+        ConfigError: there is no prompt, or one is none; the bundle has no tokenizer or chat template.
+        AdapterFormatError: a file of the bundle is damaged.
+    """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
-        raise ConfigError("prompts must be a list with a text or token ids for each row, at least one")
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        raise ConfigError("prompts must be a list with a text, token ids or a chat for each row, at least one")
+    chats = {row for row, prompt in enumerate(prompts) if is_chat(prompt)}
+    template = ChatTemplate(bundle) if chats else None
+    read: list[Any] = list(prompts)
+    for row in chats:
+        assert template is not None
+        read[row] = template.render(read[row])
+    texts = [prompt for prompt in read if isinstance(prompt, str)]
     tokenizer = tokenizer_of(bundle, texts) if texts else None
     encoded = []
-    for row, prompt in enumerate(prompts):
-        with tokenizing(bundle.path / TOKENIZER):
-            ids = tokenizer.encode(prompt).ids if tokenizer is not None and isinstance(prompt, str) else prompt
+    for row, prompt in enumerate(read):
+        ids = prompt
+        if tokenizer is not None and isinstance(prompt, str):
+            with tokenizing(bundle.path / TOKENIZER):
+                ids = tokenizer.encode(prompt, add_special_tokens=row not in chats).ids
         array = np.asarray(ids)
         if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
             raise ConfigError(f"prompt {row} has no token; give a text that has one, or a list of token ids")

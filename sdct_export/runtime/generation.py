@@ -141,11 +141,10 @@ class Generation:
     text: str | None = None
 
 
-def check_count(max_new_tokens: int) -> None:
-    """Raise `ConfigError` unless `max_new_tokens` is a positive integer of sensible size."""
-    whole = isinstance(max_new_tokens, int) and not isinstance(max_new_tokens, bool)
-    if not whole or not 0 < max_new_tokens <= _MOST_TOKENS:
-        raise ConfigError(f"max_new_tokens must be an integer from 1 to {_MOST_TOKENS}, got {max_new_tokens!r}")
+def check_count(count: object, name: str = "max_new_tokens") -> None:
+    """Raise `ConfigError` unless `count` is a positive integer of sensible size."""
+    if not isinstance(count, int) or isinstance(count, bool) or not 0 < count <= _MOST_TOKENS:
+        raise ConfigError(f"{name} must be an integer from 1 to {_MOST_TOKENS}, got {count!r}")
 
 
 def check_seed(seed: int | None) -> None:

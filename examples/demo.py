@@ -65,7 +65,7 @@ def main() -> None:
         sizes = f"{len(task.train)} texts to train on, {len(task.test)} to test"
         console.print(f"task [b]{task.name}[/b]: {task.question} {len(task.labels)} labels, {sizes}")
 
-    results = [frozen(tasks, data), *trained(tasks, data, console)]
+    results = [frozen(tasks, data, console), *trained(tasks, data, console)]
     console.print("exporting one multi-adapter bundle and one merged model")
     adapters = {task.name: OUT / "adapters" / task.name for task in tasks}
     base = ft.load_classifier(max(len(task.labels) for task in tasks))
@@ -93,9 +93,12 @@ def main() -> None:
         sys.exit("the exported models do not compute what torch computes")
 
 
-def frozen(tasks: list[Task], data: dict[str, tuple[Encoded, Encoded]]) -> Result:
+def frozen(tasks: list[Task], data: dict[str, tuple[Encoded, Encoded]], console: Console) -> Result:
     """A linear head on the features of the frozen model."""
-    scores = {task.name: ft.frozen_accuracy(*map(ft.frozen_features, data[task.name])) for task in tasks}
+    scores = {}
+    for task in tasks:
+        with console.status(f"{task.name}: features of the frozen model"):  # on a terminal only
+            scores[task.name] = ft.frozen_accuracy(*map(ft.frozen_features, data[task.name]))
     return Result("frozen + linear", scores, 0)
 
 

@@ -30,7 +30,7 @@ def hand_on(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[],
             missing = missing_package(error)
             if missing is None:
                 raise
-            raise ModuleNotFoundError(f"{package}.{name}: {missing}", name=error.name) from error
+            raise ModuleNotFoundError(f"{package}.{name}: {missing}", name=error.name) from None
 
     def dir_() -> list[str]:
         return sorted({*vars(import_module(package)), *home})

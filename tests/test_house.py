@@ -161,5 +161,15 @@ def test_every_public_name_loads() -> None:
         sdct_export.nonsense  # noqa: B018
 
 
+def test_a_name_that_needs_what_is_not_installed_says_so_in_one_traceback() -> None:
+    code = "import sys\nsys.modules['torch'] = None\nfrom sdct_export import get_sdct_model"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stderr.count("Traceback") == 1
+    assert done.stderr.splitlines()[-1] == (
+        "ModuleNotFoundError: sdct_export.get_sdct_model: this needs torch, which is not installed: "
+        "pip install 'sdct_export[torch]'"
+    )
+
+
 def test_the_package_is_typed() -> None:
     assert (PACKAGE / "py.typed").is_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import click
@@ -12,10 +13,10 @@ from .output import importable_here, print_json, print_table, printable
 @click.command(
     epilog="""\b
 Examples:
-  sdct-export combine legal/:0.5 medical/:0.5 --output both/
-  sdct-export combine site1/:0.7 site2/:0.3 --n-coefficients 700 --model bert/ --output round2/"""
+  sdct-export combine legal/=0.5 medical/=0.5 --output both/
+  sdct-export combine site1/=0.7 site2/=0.3 --n-coefficients 700 --model bert/ --output round2/"""
 )
-@click.argument("adapters", metavar="ADAPTER[:WEIGHT]...", nargs=-1, required=True)
+@click.argument("adapters", metavar="ADAPTER[=WEIGHT]...", nargs=-1, required=True)
 @click.option("--output", metavar="ADAPTER", required=True, type=click.Path(path_type=Path), help="Folder to make.")
 @click.option(
     "--n-coefficients", type=click.IntRange(1), help="Most coefficients per matrix. [default: all, which is exact]"
@@ -75,11 +76,11 @@ def combine(
 
 
 def _weighted(item: str) -> tuple[str, float]:
-    """`ADAPTER[:WEIGHT]` as folder and weight. A folder of the whole name comes first, whatever colons it has."""
-    folder, colon, weight = item.rpartition(":")
-    if not colon or not folder or Path(item).is_dir():
-        return item, 1.0
-    try:
-        return folder, float(weight)
-    except ValueError:
-        return item, 1.0
+    """`ADAPTER[=WEIGHT]`, or with a colon, as folder and weight. A folder of the whole name comes first."""
+    if not Path(item).is_dir():
+        for sign in "=:":
+            folder, found, weight = item.rpartition(sign)
+            with contextlib.suppress(ValueError):
+                if found and folder:
+                    return folder, float(weight)
+    return item, 1.0

@@ -75,16 +75,16 @@ class TrtBackend:
         match = re.fullmatch(r"cuda(?::(\d+))?", device) if isinstance(device, str) else None
         if match is None:
             raise ConfigError(f"backend 'tensorrt' runs on device 'cuda' or 'cuda:N', got {device!r}")
-        path = Path(engine) if engine is not None else bundle.path / ENGINE_FILE
-        manifest = EngineManifest.load(path)
-        if manifest.model_sha256 != bundle.model_sha256:
-            raise AdapterFormatError(f"{path} was built from another model than {bundle.path}; build it again")
         try:
             import tensorrt as trt
         except ImportError:
             raise UnsupportedError(
                 "backend 'tensorrt' needs the package tensorrt; pip install 'sdct_export[tensorrt]'"
             ) from None
+        path = Path(engine) if engine is not None else bundle.path / ENGINE_FILE
+        manifest = EngineManifest.load(path)
+        if manifest.model_sha256 != bundle.model_sha256:
+            raise AdapterFormatError(f"{path} was built from another model than {bundle.path}; build it again")
         if str(trt.__version__) != manifest.tensorrt:
             raise AdapterFormatError(
                 f"{path} was built by TensorRT {manifest.tensorrt}, this is {trt.__version__}; build the engine again"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import sys
 import threading
 import weakref
 from pathlib import Path
@@ -344,3 +345,9 @@ def test_what_does_not_fit_is_refused(path: Path, trt: Any, monkeypatch: pytest.
         MultiAdapterModel(path, backend="tensorrt")
     with pytest.raises(UnsupportedError, match="no CUDA device 3"):
         MultiAdapterModel(path, backend="tensorrt", device="cuda:3")
+
+
+def test_a_package_that_is_not_there_is_no_missing_engine(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(UnsupportedError, match="backend 'tensorrt' needs the package tensorrt; pip install"):
+        MultiAdapterModel(path, backend="tensorrt")

@@ -263,7 +263,7 @@ def run(*args: object, code: int = 0) -> Any:
 
 def test_the_command(tmp_path: Path) -> None:
     adapters = [trained(0), trained(1)]
-    names = [tmp_path / "one:2", tmp_path / "two"]  # a folder may have a colon in its name
+    names = [tmp_path / "one:2=3", tmp_path / "two"]  # a folder may have either sign in its name
     for adapter, name in zip(adapters, names, strict=True):
         adapter.save(name)
     report = json.loads(run(names[0], f"{names[1]}:-0.25", "--output", tmp_path / "sum", "--json").stdout)
@@ -278,7 +278,7 @@ def test_the_command(tmp_path: Path) -> None:
 
     FAMILY.model().save_pretrained(tmp_path / "base")
     out = ["--output", tmp_path / "few", "--model", tmp_path / "base"]
-    text = run(f"{names[0]}:0.5", f"{names[1]}:0.5", "--n-coefficients", 20, *out).stdout
+    text = run(f"{names[0]}=0.5", f"{names[1]}=0.5", "--n-coefficients", 20, *out).stdout
     assert "averaged with weights 0.5, 0.5: classifier.bias, classifier.weight" in text
     few, figures = combine(adapters, [0.5, 0.5], n_coefficients=20)
     assert f"energy {figures.energy:.4g}, kept {figures.retained_energy:.1%}" in text
@@ -292,6 +292,8 @@ def test_the_command_refuses(tmp_path: Path) -> None:
     golden().save(tmp_path / "a")
     out = ["--output", tmp_path / "out"]
     assert "must be a finite number" in run(f"{tmp_path / 'a'}:nan", *out, code=1).stderr
+    assert "must be a finite number" in run(f"{tmp_path / 'a'}=inf", *out, code=1).stderr
+    assert "b=x is not a folder" in run(tmp_path / "a", tmp_path / "b=x", *out, code=1).stderr
     assert "b:x is not a folder" in run(tmp_path / "a", tmp_path / "b:x", *out, code=1).stderr
     assert "exists" in run(tmp_path / "a", "--output", tmp_path / "a", code=1).stderr
     assert "give the base with --model" in run(tmp_path / "a", *out, "--model-class", "m:C", code=2).stderr

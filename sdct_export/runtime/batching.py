@@ -25,6 +25,7 @@ from .generation import Sampling, check_count, check_seed, check_stops, choose
 from .guarded import Latch
 from .selection import MERGED, Selection, check_row, in_slots, selection_inputs
 from .steps import Steps, cache_bytes
+from .text import TextStream
 
 DEFAULT_SLOTS = 8
 DEFAULT_MAX_LENGTH = 2048
@@ -38,7 +39,8 @@ class Event:
     """What a step brought a request: a token (its last one has a `finish`), or its end without one.
 
     `finish` is `stop` (the token is one of its stop tokens), `length` (it has as many as it asked for), `cancelled` or
-    `error`, which `error` tells of. `logprob` is as in `Generation`, None unless asked for.
+    `error`, which `error` tells of. `logprob` is as in `Generation`, None unless asked for. `text` is what comes to
+    the request's text, often nothing; None where nobody asked for its text.
     """
 
     request: int
@@ -46,6 +48,7 @@ class Event:
     logprob: float | None = None
     finish: str | None = None
     error: SdctError | None = None
+    text: str | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -57,6 +60,7 @@ class _Request:
     stops: Collection[int]
     random: np.random.Generator | None  # None where nothing is drawn
     logprobs: bool
+    text: TextStream | None
     tokens: Array  # int64 `[prompt and most new ones]`, the first `count` of them are there
     prompt: int
     count: int
@@ -150,6 +154,7 @@ class ContinuousBatcher:
         stop_tokens: Collection[int] = (),
         seed: int | None = None,
         logprobs: bool = False,
+        text: TextStream | None = None,
     ) -> int:
         """The number of a new request, whose events `step` will return.
 
@@ -161,6 +166,7 @@ class ContinuousBatcher:
             stop_tokens: ids that end it.
             seed: of its random numbers; None for numbers that nobody can repeat.
             logprobs: whether its events say how probable the tokens are.
+            text: makes its text of its tokens, and ends it at a stop string; of this request alone.
 
         Raises:
             UnknownAdapterError: a name is not loaded.
@@ -200,6 +206,7 @@ class ContinuousBatcher:
             stops=check_stops(list(stop_tokens)),
             random=np.random.default_rng(seed) if sampling.temperature else None,
             logprobs=logprobs,
+            text=text,
             tokens=buffer,
             prompt=len(tokens),
             count=len(tokens),
@@ -356,12 +363,26 @@ class ContinuousBatcher:
             token = int(found.tokens[i])
             request.tokens[request.count] = token
             request.count += 1
-            finish = "stop" if token in request.stops else "length" if request.count == len(request.tokens) else None
+            finish = "stop" if token in request.stops else None
+            text = None
+            if request.text is not None:
+                try:
+                    text = "" if finish else request.text.push(token)
+                    if request.text.finished:
+                        finish = "stop"
+                    elif finish or request.count == len(request.tokens):
+                        text += request.text.finish()
+                except SdctError as problem:  # of a damaged tokenizer
+                    events.append(self._end(request, "error", problem))
+                    ended.append(first + i)
+                    continue
+            if finish is None and request.count == len(request.tokens):
+                finish = "length"
             logprob = float(found.logprobs[i]) if request.logprobs and found.logprobs is not None else None
             if finish is not None:
                 self._end(request, finish)
                 ended.append(first + i)
-            events.append(Event(request.number, token, logprob, finish))
+            events.append(Event(request.number, token, logprob, finish, text=text))
         self._leave(ended)
 
     def _end(self, request: _Request, finish: str, error: SdctError | None = None) -> Event:

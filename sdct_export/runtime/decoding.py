@@ -6,7 +6,8 @@ Every option but the prompt may be one value for all rows, or one for each.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..adapter.entries import Array
@@ -14,14 +15,16 @@ from ..bundle.description import Bundle
 from ..errors import ConfigError
 from .batching import ContinuousBatcher, Event
 from .generation import Generation, Sampling, check_count, check_seed, check_stops
-from .prompts import encode_prompts, read_defaults
+from .prompts import Prompt, encode_prompts, read_defaults
+from .request import TOKENIZER, tokenizer_of
 from .selection import Selection, check_adapters
+from .text import TextStream, check_stop_strings, text_of
 
 MOST_SLOTS = 32  # rows that one call runs side by side; others wait until one of these has ended
 CHUNK = 1024  # tokens of prompts computed at once where nobody waits for a token
 OPTIONS: Mapping[str, Any] = {
-    "max_new_tokens": 64, "temperature": None, "top_k": None, "top_p": None, "min_p": None, "repetition_penalty": None,
-    "seed": None, "stop_tokens": None,
+    "max_new_tokens": None, "temperature": None, "top_k": None, "top_p": None, "min_p": None,
+    "repetition_penalty": None, "seed": None, "stop": None, "stop_tokens": None,
 }  # fmt: skip
 _SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
 
@@ -36,6 +39,7 @@ class Row:
     most: int
     stops: frozenset[int]
     seed: int | None
+    strings: tuple[str, ...] = ()  # stop strings
 
     @property
     def length(self) -> int:
@@ -45,21 +49,23 @@ class Row:
 
 def read_rows(
     bundle: Bundle,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: Sequence[Prompt],
     adapters: Selection | Sequence[Selection],
     options: Mapping[str, Any],
+    max_length: int | None = None,
 ) -> list[Row]:
     """The rows of a call; what an option leaves None is the base's way (`read_defaults`).
 
     Args:
         bundle: of the model.
-        prompts: texts or token ids.
+        prompts: texts, token ids or chats.
         adapters: one entry a row, or one for all.
-        options: by name: `max_new_tokens`, `seed`, `stop_tokens`, and those of `Sampling`.
+        options: by name: `max_new_tokens`, `seed`, `stop`, `stop_tokens`, and those of `Sampling`.
+        max_length: most tokens of a row, prompt and new ones; None for as many as the model can have.
 
     Raises:
         ConfigError: a prompt has no token; an option is out of its range, or is not one a row; or a row is longer than
-            the model can be.
+            the model or `max_length` allows.
         AdapterFormatError: a file of the bundle is damaged.
     """
     defaults = read_defaults(bundle)
@@ -67,70 +73,124 @@ def read_rows(
     batch = len(tokens)
     sampling = {name: _each(name, options[name], batch) for name in _SAMPLING}
     counts = _each("max_new_tokens", options["max_new_tokens"], batch)
-    for count in counts:
-        check_count(count)
+    most = bundle.max_tokens
+    if max_length is not None:
+        check_count(max_length, "max_length")
+        most = min(max_length, most or max_length)
+    strings = check_stop_strings(options["stop"], batch)
     stops = _each_stops(options["stop_tokens"], batch)
     seeds = _each_seed(options["seed"], batch)
     selections = [row or None for row in check_adapters(adapters, batch)] if adapters is not None else [None] * batch
     rows = []
     for i, prompt in enumerate(tokens):
         given = {name: values[i] for name, values in sampling.items()}
-        ends = stops[i]
+        ends, texts, count = stops[i], strings[i], counts[i]
+        if count is None:
+            count = defaults.most_new(len(prompt), most)
+        check_count(count)
         rows.append(
             Row(
                 prompt,
                 selections[i],
                 defaults.sampling(given),
-                counts[i],
+                count,
                 defaults.stops if ends is None else check_stops(ends),
                 seeds[i],
+                defaults.strings if texts is None else texts,
             )
         )
     longest = max(rows, key=lambda row: row.length)
-    if bundle.max_tokens is not None and longest.length > bundle.max_tokens:
+    if most is not None and longest.length > most:
+        whose = "this model takes" if most == bundle.max_tokens else "max_length allows"
         raise ConfigError(
-            f"the longest prompt and {longest.most} new tokens are {longest.length} in all, this model takes at most "
-            f"{bundle.max_tokens}; ask for fewer, or cut the prompt"
+            f"the longest prompt and {longest.most} new tokens are {longest.length} in all, {whose} at most {most}; "
+            "ask for fewer, or cut the prompt"
         )
     return rows
 
 
-def generate(batcher: ContinuousBatcher, rows: Sequence[Row], *, logprobs: bool = False) -> list[Generation]:
-    """All rows until each has ended, in their order. Closes the batcher.
+def generate(
+    bundle: Bundle, batcher: ContinuousBatcher, rows: Sequence[Row], *, logprobs: bool = False
+) -> list[Generation]:
+    """All rows until each has ended, in their order, with texts where the bundle has a tokenizer. Closes the batcher.
 
     Raises:
+        ConfigError: a row has stop strings, and the bundle no tokenizer.
         SdctError: a row could not be finished, as the model gives NaN, say; names it.
     """
-    tokens: list[list[int]] = [[] for _ in rows]
-    logs: list[list[float]] = [[] for _ in rows]
-    finishes = [""] * len(rows)
-    for event in _events(batcher, rows, logprobs=logprobs, chunks=len(rows) * batcher.max_length):
+    with batcher:
+        tokenizer = _tokenizer(bundle, rows)
+        texts = [TextStream(tokenizer, row.strings) if row.strings else None for row in rows]
+        events = _events(batcher, rows, texts, logprobs=logprobs, chunks=len(rows) * batcher.max_length)
+        found = collect(events, len(rows), logprobs=logprobs)
+    if tokenizer is None:
+        return found
+    for i, (row, one) in enumerate(zip(rows, found, strict=True)):
+        if texts[i] is None:
+            shown = one.tokens[:-1] if one.tokens[-1] in row.stops else one.tokens
+            found[i] = dataclasses.replace(one, text=text_of(tokenizer, shown))
+    return found
+
+
+def stream(
+    bundle: Bundle, batcher: ContinuousBatcher, rows: Sequence[Row], *, logprobs: bool = False
+) -> Iterator[Event]:
+    """Tokens and texts as they come; `request` is the row. Closes the batcher at the end, or when it is closed itself.
+
+    Raises:
+        ConfigError, SdctError: as `generate`.
+    """
+    try:
+        tokenizer = _tokenizer(bundle, rows)
+        texts = [None if tokenizer is None else TextStream(tokenizer, row.strings) for row in rows]
+    except BaseException:
+        batcher.close()
+        raise
+    return _events(batcher, rows, texts, logprobs=logprobs, chunks=1)
+
+
+def collect(events: Iterable[Event], batch: int, *, logprobs: bool = False) -> list[Generation]:
+    """What a stream of `batch` rows made, with their texts where its events have some."""
+    tokens: list[list[int]] = [[] for _ in range(batch)]
+    logs: list[list[float]] = [[] for _ in range(batch)]
+    texts: list[list[str]] = [[] for _ in range(batch)]
+    finishes = [""] * batch
+    for event in events:
         i = event.request
         if event.token is not None:
             tokens[i].append(event.token)
         if event.logprob is not None:
             logs[i].append(event.logprob)
+        if event.text is not None:
+            texts[i].append(event.text)
         if event.finish is not None:
             finishes[i] = event.finish
     return [
-        Generation(tuple(own), tuple(log) if logprobs else None, finish)
-        for own, log, finish in zip(tokens, logs, finishes, strict=True)
+        Generation(tuple(own), tuple(log) if logprobs else None, finish, "".join(text) if text else None)
+        for own, log, finish, text in zip(tokens, logs, finishes, texts, strict=True)
     ]
 
 
-def stream(batcher: ContinuousBatcher, rows: Sequence[Row], *, logprobs: bool = False) -> Iterator[Event]:
-    """Tokens as they come; `request` is the row. Closes the batcher at the end, or when it is closed itself.
+def _tokenizer(bundle: Bundle, rows: Sequence[Row]) -> Any:
+    """What makes texts of tokens, None where the bundle has none. Raises `ConfigError` where a row needs one."""
+    if os.path.lexists(bundle.path / TOKENIZER):
+        return tokenizer_of(bundle, ())
+    if any(row.strings for row in rows):
+        raise ConfigError(f"{bundle.path} has no {TOKENIZER}, which stop strings need; give stop tokens instead")
+    return None
 
-    Raises:
-        SdctError: as `generate`.
-    """
-    return _events(batcher, rows, logprobs=logprobs, chunks=1)
 
-
-def _events(batcher: ContinuousBatcher, rows: Sequence[Row], *, logprobs: bool, chunks: int) -> Iterator[Event]:
+def _events(
+    batcher: ContinuousBatcher,
+    rows: Sequence[Row],
+    texts: Sequence[TextStream | None],
+    *,
+    logprobs: bool,
+    chunks: int,
+) -> Iterator[Event]:
     """With many `chunks` a step, rows that could begin do so before others go on: then most go on together."""
     with batcher:
-        for row in rows:
+        for row, text in zip(rows, texts, strict=True):
             batcher.submit(
                 row.prompt,
                 row.adapters,
@@ -139,6 +199,7 @@ def _events(batcher: ContinuousBatcher, rows: Sequence[Row], *, logprobs: bool, 
                 stop_tokens=row.stops,
                 seed=row.seed,
                 logprobs=logprobs,
+                text=text,
             )
         while batcher.busy:
             for event in batcher.step(chunks):

@@ -30,9 +30,10 @@ from .bank import AdapterInfo, Bank, Memory
 from .batching import DEFAULT_CHUNK, DEFAULT_MAX_LENGTH, DEFAULT_SLOTS, ContinuousBatcher, Event
 from .generation import Generation
 from .ort import OrtBackend, check_cache, check_dtype
-from .prompts import decode
+from .prompts import Prompt
 from .selection import MERGED, Selection, check_adapters, in_slots, selection_inputs
 from .steps import cache_bytes
+from .text import Stops
 
 DEFAULT_MAX_SLOTS = 256
 # A runtime keeps the memory of its largest batch: 60,000 rows left 1.4 GB behind. No machine gains from batches this
@@ -230,18 +231,21 @@ class MultiAdapterModel:
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[Prompt],
         adapters: Selection | Sequence[Selection] = None,
         *,
-        max_new_tokens: int | Sequence[int] = 64,
+        max_new_tokens: int | Sequence[int | None] | None = None,
         temperature: float | Sequence[float | None] | None = None,
         top_k: int | Sequence[int | None] | None = None,
         top_p: float | Sequence[float | None] | None = None,
         min_p: float | Sequence[float | None] | None = None,
         repetition_penalty: float | Sequence[float | None] | None = None,
         seed: int | Sequence[int | None] | None = None,
+        stop: Stops | None = None,
         stop_tokens: Sequence[int] | Sequence[Sequence[int] | None] | None = None,
         logprobs: bool = False,
+        slots: int = decoding.MOST_SLOTS,
+        max_length: int | None = None,
     ) -> list[Generation]:
         """Go on from each prompt until each has ended; rows run side by side, some wait where they are many.
 
@@ -250,43 +254,51 @@ class MultiAdapterModel:
         seed alone, up to the rounding of sums in a batch.
 
         Args:
-            prompts: texts, which the bundle's tokenizer encodes, or token ids; of any lengths.
+            prompts: texts, which the bundle's tokenizer encodes; token ids; or chats, lists of messages with a `role`
+                and a `content`, which go through its chat template. Of any lengths.
             adapters: one entry per prompt, or one for all, as in `run`.
-            max_new_tokens: most tokens that a row gets.
+            max_new_tokens: most tokens that a row gets; 64 where the base does not say either.
             temperature: see `Sampling`, as for the four that follow.
             top_k: only the most probable tokens, so many.
             top_p: only the most probable tokens, of this probability together.
             min_p: only tokens this probable, measured by the most probable one.
             repetition_penalty: above 1 for fewer repetitions.
             seed: row `i` draws from `seed + i`; or one seed a row; None for numbers that nobody can repeat.
+            stop: a text, or texts, that end a row where they begin; or such for each row.
             stop_tokens: ids that end a row; default: the end-of-sequence tokens of the base.
             logprobs: whether to say how probable the tokens were.
+            slots: most rows that run side by side.
+            max_length: most tokens of a row, prompt and new ones; None for what the longest one asks for.
 
         Raises:
             UnknownAdapterError: a name is not loaded.
-            ConfigError: the bundle has no cache; a prompt is empty, or too long together with `max_new_tokens`; a
-                number is out of its range.
+            ConfigError: the bundle has no cache; a prompt is empty, refused by the chat template, or too long together
+                with `max_new_tokens`; an option is out of its range.
             SdctError: the model gives NaN; names the row. Or the backend failed, or the model is closed.
         """
         options = {
             "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
-            "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed, "stop_tokens": stop_tokens,
+            "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed, "stop": stop,
+            "stop_tokens": stop_tokens,
         }  # fmt: skip
-        batcher, rows = self._prepare(prompts, adapters, options)
-        found = decoding.generate(batcher, rows, logprobs=logprobs)
-        return decode(self.bundle, found, [row.stops for row in rows])
+        batcher, rows = self._prepare(prompts, adapters, options, slots, max_length)
+        return decoding.generate(self.bundle, batcher, rows, logprobs=logprobs)
 
     def stream(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[Prompt],
         adapters: Selection | Sequence[Selection] = None,
         *,
         logprobs: bool = False,
+        slots: int = decoding.MOST_SLOTS,
+        max_length: int | None = None,
         **options: Any,
     ) -> Iterator[Event]:
         """As `generate`, with its options, but every token as soon as it is there: `request` is its row.
 
-        The last token of a row has a `finish`. Closing the iterator ends all rows.
+        `text` is what comes to the row's text with the token (nothing, while a character or stop string may be in the
+        making), None where the bundle has no tokenizer. The last token of a row has a `finish`. Closing the iterator
+        ends all rows.
 
         Raises:
             as `generate`; what goes wrong with a row comes out of the iterator.
@@ -294,8 +306,8 @@ class MultiAdapterModel:
         unknown = sorted(set(options) - decoding.OPTIONS.keys())
         if unknown:
             raise TypeError(f"stream() got an unexpected keyword argument {unknown[0]!r}")
-        batcher, rows = self._prepare(prompts, adapters, {**decoding.OPTIONS, **options})
-        return decoding.stream(batcher, rows, logprobs=logprobs)
+        batcher, rows = self._prepare(prompts, adapters, {**decoding.OPTIONS, **options}, slots, max_length)
+        return decoding.stream(self.bundle, batcher, rows, logprobs=logprobs)
 
     def batcher(
         self, slots: int = DEFAULT_SLOTS, max_length: int = DEFAULT_MAX_LENGTH, chunk: int = DEFAULT_CHUNK
@@ -311,22 +323,26 @@ class MultiAdapterModel:
             ConfigError: the bundle has no cache, a number is not positive, or there is no memory.
         """
         for name, value in (("slots", slots), ("max_length", max_length), ("chunk", chunk)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+            _check_positive(name, value)
         self._check_batch(slots)
         return self._batcher(slots, min(max_length, self.bundle.max_tokens or max_length), chunk)
 
     def _prepare(
-        self, prompts: Sequence[Any], adapters: Selection | Sequence[Selection], options: Mapping[str, Any]
+        self,
+        prompts: Sequence[Prompt],
+        adapters: Selection | Sequence[Selection],
+        options: Mapping[str, Any],
+        slots: int,
+        max_length: int | None,
     ) -> tuple[ContinuousBatcher, list[decoding.Row]]:
         _, bank = self._open()
         self._require_cache()
-        rows = decoding.read_rows(self.bundle, prompts, adapters, options)
+        _check_positive("slots", slots)
+        rows = decoding.read_rows(self.bundle, prompts, adapters, options, max_length)
         self._check_batch(len(rows))
         if bank is None and adapters is not None:
             raise ConfigError(MERGED)
-        slots = min(len(rows), decoding.MOST_SLOTS)
-        return self._batcher(slots, max(row.length for row in rows), decoding.CHUNK, noun="row"), rows
+        return self._batcher(min(len(rows), slots), max(row.length for row in rows), decoding.CHUNK, noun="row"), rows
 
     def _batcher(self, slots: int, max_length: int, chunk: int, noun: str = "request") -> ContinuousBatcher:
         bank = self._open()[1]
@@ -445,6 +461,11 @@ class MultiAdapterModel:
             f"{self.bundle.path}: the model and its description disagree about {name!r}, {how}; "
             "export the bundle again"
         )
+
+
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be a positive integer, got {value!r}")
 
 
 def _extents(spec: TensorSpec) -> tuple[int | None, ...]:

@@ -1,4 +1,4 @@
-"""Prompts and generated tokens as texts, and what the base's `generation_config.json` says. Never imports torch."""
+"""Prompts as tokens, and what the base's `generation_config.json` says. Never imports torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..bundle.description import Bundle
 from ..errors import AdapterFormatError, ConfigError
 from ..files import read_json
 from .chat import ChatTemplate, Message, is_chat
-from .generation import Generation, Sampling, check_count
+from .generation import Sampling, check_count
 from .request import TOKENIZER, tokenizer_of, tokenizing
 from .text import check_stop_strings
 
@@ -109,7 +109,7 @@ def read_defaults(bundle: Bundle) -> Defaults:
         Sampling(**numbers)
     except ConfigError as error:
         raise AdapterFormatError(f"{file}: {error}; export the bundle again") from error
-    return Defaults(numbers, frozenset(stops), strings, **lengths)
+    return Defaults(numbers, frozenset(stops), strings or (), **lengths)
 
 
 def _warn_of_others(file: Path, settings: Mapping[str, Any], draws: bool) -> None:
@@ -132,6 +132,8 @@ def encode_prompts(bundle: Bundle, prompts: Sequence[Prompt]) -> list[Array]:
     """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
         raise ConfigError("prompts must be a list with a text, token ids or a chat for each row, at least one")
+    if "" in prompts:
+        raise ConfigError(f"prompt {[*prompts].index('')} is empty; give a text, or the ids of tokens to begin with")
     chats = {row for row, prompt in enumerate(prompts) if is_chat(prompt)}
     template = ChatTemplate(bundle) if chats else None
     read: list[Any] = list(prompts)
@@ -153,19 +155,6 @@ def encode_prompts(bundle: Bundle, prompts: Sequence[Prompt]) -> list[Array]:
             raise ConfigError(f"prompt {row} holds {array.min()}; token ids must not be negative")
         encoded.append(array.astype(np.int64))
     return encoded
-
-
-def decode(bundle: Bundle, found: Sequence[Generation], stops: Sequence[frozenset[int]]) -> list[Generation]:
-    """The same with their texts, where the bundle has a tokenizer; each has stop tokens of its own."""
-    if not os.path.lexists(bundle.path / TOKENIZER):
-        return list(found)
-    tokenizer = tokenizer_of(bundle, ())
-    results = []
-    for one, ends in zip(found, stops, strict=True):
-        shown = one.tokens[:-1] if one.finish == "stop" and one.tokens[-1] in ends else one.tokens
-        with tokenizing(bundle.path / TOKENIZER):
-            results.append(dataclasses.replace(one, text=tokenizer.decode(list(shown))))
-    return results
 
 
 def _read(bundle: Bundle, name: str) -> dict[str, Any]:

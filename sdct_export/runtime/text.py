@@ -8,9 +8,11 @@ character, and keeps what waits to itself at the end.)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .request import TOKENIZER, tokenizing
 
 _BROKEN = "\ufffd"  # what a tokenizer makes of bytes that are no character, or none yet
 _UNDECIDED = 3  # most bytes of a character that is not whole; at least one of them each is shown as broken
@@ -38,7 +40,8 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
-        special = {str(t.content): i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
+        added = tokenizer.get_added_tokens_decoder().items() if stops else ()
+        special = {str(token.content): i for i, token in added if token.special}
         self._tokenizer = tokenizer
         self._ends = frozenset(special[stop] for stop in stops if stop in special)
         self._stops = tuple(stop for stop in stops if stop not in special)
@@ -113,17 +116,28 @@ class TextStream:
             self._window, self._context, self._whole, self._told = later, len(later), len(later), told
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(tokens))
+        with tokenizing(Path(TOKENIZER)):
+            return str(self._tokenizer.decode(tokens))
 
 
-def check_stop_strings(stop: Stops | None, batch: int) -> list[tuple[str, ...]]:
-    """The stop strings of each row: a text, or texts, for all rows; or a list of such, with None for none, a row each.
+def text_of(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """What a `TextStream` makes of all `tokens`, at once."""
+    with tokenizing(Path(TOKENIZER)):
+        text = str(tokenizer.decode(list(tokens)))
+    if _BROKEN not in text:
+        return text
+    stream = TextStream(tokenizer)
+    return "".join([*map(stream.push, tokens), stream.finish()])
+
+
+def check_stop_strings(stop: Stops | None, batch: int) -> list[tuple[str, ...] | None]:
+    """The stop strings of each row, None where nothing is said: a text, or texts, for all rows; or such for each.
 
     Raises:
         ConfigError: one is empty or no text, or there are not as many lists as rows.
     """
     if stop is None:
-        return [()] * batch
+        return [None] * batch
     if isinstance(stop, str):
         return [_checked([stop])] * batch
     if not isinstance(stop, Sequence) or isinstance(stop, bytes):
@@ -132,7 +146,7 @@ def check_stop_strings(stop: Stops | None, batch: int) -> list[tuple[str, ...]]:
         return [_checked(stop)] * batch
     if len(stop) != batch:
         raise ConfigError(f"stop has {len(stop)} entries for {batch} rows; give one for each, or texts for all")
-    return [_checked([one] if isinstance(one, str) else () if one is None else one) for one in stop]
+    return [None if one is None else _checked([one] if isinstance(one, str) else one) for one in stop]
 
 
 def _checked(stops: Any) -> tuple[str, ...]:

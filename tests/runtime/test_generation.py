@@ -19,8 +19,9 @@ from torch import nn
 from sdct_export import SdctAdapter, export_multi
 from sdct_export.adapter.entries import Array
 from sdct_export.errors import AdapterFormatError, ConfigError, SdctError, UnknownAdapterError
-from sdct_export.runtime import MultiAdapterModel
+from sdct_export.runtime import MultiAdapterModel, decoding
 from sdct_export.runtime import ort as ort_module
+from sdct_export.runtime.decoding import collect
 from sdct_export.runtime.generation import Sampling, choose
 from sdct_export.runtime.steps import SharedSteps
 
@@ -216,6 +217,89 @@ def test_texts_in_and_out_and_defaults_of_the_base(made: Made, shown: Path) -> N
                 model.generate(ids, max_new_tokens=1)
 
 
+def test_stop_strings_end_rows_within_their_texts(shown: Path) -> None:
+    """Each row its own; the token that completes one is among the tokens, and no other row notices."""
+    prompts, rows = [[1, 5, 6], [1, 7], [1, 8, 9, 10], [1, 2]], ["a", None, "b", {"a": 0.5, "b": 0.5}]
+    with MultiAdapterModel(shown) as model:
+        free = model.generate(prompts, rows, max_new_tokens=16, stop_tokens=[])
+        texts = [str(one.text) for one in free]
+        stops = [[texts[0][7:12], "nothing"], None, texts[2].split(" ")[5], []]
+        got = model.generate(prompts, rows, max_new_tokens=16, stop_tokens=[], stop=stops)
+        assert got[1] == free[1]
+        assert got[3] == free[3]
+        for i, stop in ((0, texts[0][7:12]), (2, stops[2])):
+            assert isinstance(stop, str)
+            at = texts[i].index(stop)
+            assert (got[i].text, got[i].finish) == (texts[i][:at], "stop")
+            length = len(got[i].tokens)
+            assert got[i].tokens == free[i].tokens[:length]
+            whole = [" ".join(f"w{t}" for t in free[i].tokens[:n]) for n in (length - 1, length)]
+            assert (stop in whole[0], stop in whole[1]) == (False, True)
+        together = model.generate(prompts, rows, max_new_tokens=16, stop_tokens=[], stop=stops, slots=1)
+        assert [one.text for one in together] == [one.text for one in got]
+        file = shown / "generation_config.json"
+        file.unlink(missing_ok=True)
+        file.write_text(json.dumps({"stop_strings": [texts[0][7:12]], "max_new_tokens": 16}))
+        (ended,) = model.generate(prompts[:1], "a", stop_tokens=[])
+        assert ended == got[0]
+        (free_again,) = model.generate(prompts[:1], "a", stop_tokens=[], stop=[])
+        assert free_again == free[0]
+        file.write_text(json.dumps({"max_length": 9}))
+        assert [len(one.tokens) for one in model.generate(prompts, rows, stop_tokens=[])] == [6, 7, 5, 7]
+
+
+def test_streams_give_the_tokens_and_texts_of_generate(shown: Path) -> None:
+    prompts, rows = [[1, 5, 6], [1, 7], [1, 8, 9, 10]], ["a", None, "b"]
+    with MultiAdapterModel(shown) as model:
+        free = model.generate(prompts, rows, max_new_tokens=12, stop_tokens=[])
+        stop = str(free[0].text)[6:14]
+        options: dict[str, Any] = {
+            "max_new_tokens": 12, "stop": [[stop], None, []], "stop_tokens": [[], [free[1].tokens[3]], []],
+        }  # fmt: skip
+        want = model.generate(prompts, rows, logprobs=True, **options)
+        assert [one.finish for one in want] == ["stop", "stop", "length"]
+        events = [*model.stream(prompts, rows, logprobs=True, **options)]
+        shown_texts = [""] * 3
+        for event in events:
+            assert event.text is not None
+            shown_texts[event.request] += event.text
+            assert str(free[event.request].text).startswith(shown_texts[event.request])  # never taken back
+        got = collect(events, 3, logprobs=True)
+        assert [(one.tokens, one.finish, one.text) for one in got] == [(o.tokens, o.finish, o.text) for o in want]
+        assert sum(event.finish is not None for event in events) == 3
+        assert len({event.request for event in events[:3]}) > 1  # side by side
+
+
+def test_a_chat_goes_through_the_template(shown: Path) -> None:
+    (shown / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": "{% for m in messages %}w3 {{ m.content }} {% endfor %}w4"})
+    )
+    with MultiAdapterModel(shown) as model:
+        chat = [{"role": "user", "content": "w5"}, {"role": "user", "content": "w6"}]
+        (got, other) = model.generate([chat, "w3 w5 w3 w6 w4"], "a", max_new_tokens=5)
+        (want, beside) = model.generate([[3, 5, 3, 6, 4], [1, 3, 5, 3, 6, 4]], "a", max_new_tokens=5)
+        assert (got, other) == (want, beside)
+
+
+def test_a_tokenizer_that_fails_ends_the_call_with_one_error(shown: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing:
+        def __init__(self, *_: object) -> None:
+            self.finished = False
+
+        def push(self, token: int) -> str:
+            raise AdapterFormatError("tokenizer.json cannot be read")
+
+    with MultiAdapterModel(shown) as model:
+        before = model.generate([[1, 5]], max_new_tokens=3)
+        with monkeypatch.context() as patch:
+            patch.setattr(decoding, "TextStream", Failing)
+            with pytest.raises(AdapterFormatError, match=r"tokenizer\.json cannot be read"):
+                model.generate([[1, 5], [1, 6]], max_new_tokens=3, stop="x")
+            with pytest.raises(AdapterFormatError, match=r"tokenizer\.json cannot be read"):
+                [*model.stream([[1, 5]], max_new_tokens=3)]
+        assert model.generate([[1, 5]], max_new_tokens=3) == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
@@ -236,6 +320,16 @@ def test_texts_in_and_out_and_defaults_of_the_base(made: Made, shown: Path) -> N
         ({"seed": [1, 2]}, "or one for each of the 1 rows"),
         ({"stop_tokens": ["x"]}, "stop_tokens must be token ids"),
         ({"adapters": ["a", "b"]}, "adapters has 2 entries for a batch of 1"),
+        ({"prompts": [""]}, "prompt 0 is empty"),
+        ({"prompts": [[{"role": "user", "content": "w1"}]]}, "has no chat template"),
+        ({"prompts": [[{"role": "user"}]]}, "has no chat template"),
+        ({"stop": ""}, "stop must be texts of at least one character"),
+        ({"stop": 3}, "stop must be a text, texts, or such for each row"),
+        ({"stop": [["a"], ["b"]]}, "stop has 2 entries for 1 rows"),
+        ({"stop": "a"}, r"has no tokenizer\.json, which stop strings need; give stop tokens instead"),
+        ({"slots": 0}, "slots must be a positive integer"),
+        ({"max_length": 0}, "max_length must be an integer from 1"),
+        ({"max_length": 40, "max_new_tokens": 39}, "are 41 in all, max_length allows at most 40"),
     ],
 )
 def test_requests_that_cannot_be_are_refused(model: MultiAdapterModel, arguments: dict[str, Any], match: str) -> None:

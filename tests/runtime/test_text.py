@@ -194,10 +194,10 @@ def test_a_special_token_as_stop_string() -> None:
 
 
 def test_stop_strings_for_all_rows_or_each() -> None:
-    assert check_stop_strings(None, 2) == [(), ()]
+    assert check_stop_strings(None, 2) == [None, None]
     assert check_stop_strings("a", 2) == [("a",), ("a",)]
     assert check_stop_strings(["a", "b", "a"], 2) == [("a", "b"), ("a", "b")]
-    assert check_stop_strings([["a"], None, "b", []], 4) == [("a",), (), ("b",), ()]
+    assert check_stop_strings([["a"], None, "b", []], 4) == [("a",), None, ("b",), ()]
     assert check_stop_strings([], 3) == [(), (), ()]
 
 

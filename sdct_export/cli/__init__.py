@@ -13,6 +13,7 @@ from .build import build
 from .combine import combine
 from .distill import distill
 from .doctor import doctor
+from .generate import generate
 from .inspect import inspect
 from .output import BasePath, Main, busy, importable_here, print_json, printable
 from .project import project
@@ -243,5 +244,5 @@ def _report(result: dict[str, object], as_json: bool) -> None:
     click.echo(f"wrote {printable(str(result['output']))} ({int(str(result['bytes'])) / 1e6:.1f} MB{detail})")
 
 
-for _command in (project, distill, combine, inspect, verify, build, run, bench, doctor):
+for _command in (project, distill, combine, inspect, verify, build, run, generate, bench, doctor):
     main.add_command(_command)

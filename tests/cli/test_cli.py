@@ -33,7 +33,7 @@ from sdct_export.engine import prepare_graph
 from sdct_export.errors import UnsupportedError
 from sdct_export.runtime import MultiAdapterModel
 
-COMMANDS = ("project", "distill", "combine", "inspect", "verify", "build", "run", "doctor")
+COMMANDS = ("project", "distill", "combine", "inspect", "verify", "build", "run", "generate", "doctor")
 
 
 def invoke(*args: object, code: int = 0) -> Result:

@@ -108,9 +108,9 @@ class Cache:
     `dtype` is that of the keys and values in the graph's inputs and outputs. With target `ort` the attention is
     com.microsoft::GroupQueryAttention: the cache holds the tokens of a row side by side from its first column on,
     wherever the mask has them (of the past only their number counts), and the memory of a past may be that of its
-    present. With target `standard` it is made of ONNX's own operators, and a token keeps its column. With `tensorrt` it
-    is the same to whoever runs the graph; the values `KEPT` and those of `seen` have names in it, so that
-    `engine.lower` can put others in their place. `windows` are the lengths of sliding windows in some of the layers.
+    present. With target `standard` it is made of ONNX's own operators, and a token keeps its column. `tensorrt` is the
+    same to whoever runs the graph; the values `KEPT` and those of `seen` have names in it, so that `engine.lower` can
+    put others in their place. `windows` are the lengths of sliding windows in some of the layers.
     """
 
     target: str
@@ -132,7 +132,7 @@ class Cache:
 
     @property
     def seen(self) -> dict[str, int | None]:
-        """Values of a graph for TensorRT and their windows: which columns a new token sees, `[batch, sequence, total]`.
+        """Values of a graph for TensorRT with their windows: the columns a token sees, `[batch, sequence, total]`.
 
         Not every graph has them all: a model may have a window in every layer.
         """

@@ -38,14 +38,14 @@ Examples:
 @click.option(
     "--sequence",
     type=RangeType(),
-    help="Tokens of a row, with a cache those of one step of a prompt. [default: 1:128:512, at most what the base reads]",
+    help="Tokens of a row; with a cache in one step of its prompt. [default: 1:128:512, at most what the base reads]",
 )
 @click.option("--slots", type=RangeType(), help="Adapters in the bank plus one. [default: 2:256:4096]")
 @click.option("--blend", type=RangeType(), help="Adapters mixed in one row. [default: 1:1:4]")
 @click.option(
     "--length",
     type=RangeType(),
-    help="Tokens of a row in the key-value cache, prompt and answer. [default: 1:1024:4096, at most what the base reads]",
+    help="Tokens of a row in the cache, prompt and answer. [default: 1:1024:4096, at most what the base reads]",
 )
 @click.option("--timing-cache", metavar="FILE", type=click.Path(path_type=Path), help="Read, and written back.")
 @click.option("--no-embed", is_flag=True, help="Keep the plugin library out of the engine.")

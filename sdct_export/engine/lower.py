@@ -1,5 +1,6 @@
 """What TensorRT's ONNX parser needs of a graph: `SpectralDelta` left to the plugin, opset 17 for old versions, and a
-key-value cache that stays where it is."""
+key-value cache that stays where it is.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +85,10 @@ def keep_in_buffers(model: onnx.ModelProto, cache: Cache, *, in_place: bool) -> 
         if in_place:
             node.attribute.append(helper.make_attribute("axis", -2))
     if in_place:
-        for opset in (*model.opset_import, *(opset for function in model.functions for opset in function.opset_import)):
+        for opset in (
+            *model.opset_import,
+            *(opset for function in model.functions for opset in function.opset_import),
+        ):
             opset.version = max(opset.version, SCATTER_OPSET) if not opset.domain else opset.version
     for i, node in enumerate(new.nodes):
         graph.node.insert(i, node)
@@ -160,7 +164,9 @@ class _Nodes:
 
     def __call__(self, op_type: str, *inputs: str, out: str | None = None, **attributes: Any) -> str:
         name = self._name()
-        self.nodes.append(helper.make_node(op_type, list(inputs), [out or name], name=f"{name}.{op_type}", **attributes))
+        self.nodes.append(
+            helper.make_node(op_type, list(inputs), [out or name], name=f"{name}.{op_type}", **attributes)
+        )
         return out or name
 
     def constant(self, value: Any, dtype: Any = np.float32) -> str:

@@ -239,7 +239,10 @@ def _convert(model: nn.Module, cache: Cache, turning: bool) -> ir.Model:
     windows: list[int | None] = []
     if cache.target == "tensorrt":
         windows = list(cache.seen.values())
-        arguments = (*arguments, [mask[:, None].expand(-1, length, -1) != 0 for _ in windows])  # one tensor is one input
+        arguments = (
+            *arguments,
+            [mask[:, None].expand(-1, length, -1) != 0 for _ in windows],
+        )  # one tensor is one input
         shapes = (*shapes, [{0: rows, 1: tokens, 2: dim.AUTO}] * len(windows))
         names += cache.seen
 

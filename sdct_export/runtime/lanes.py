@@ -17,6 +17,7 @@ class Prepared:
     """An execution context with the shapes and addresses of `key`, and what it was captured into."""
 
     execution: Any
+    profile: int = 0  # of optimization
     key: Key | None = None  # None while it is not ready
     outputs: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     bank: tuple[weakref.ref[DeviceTensor], ...] = ()  # whose addresses it has; not held: a request holds its own bank

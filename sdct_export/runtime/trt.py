@@ -37,6 +37,7 @@ from .buckets import MASK, Buckets, probe_inputs
 from .cuda import Cuda, DeviceMemory, DeviceTensor, Graph, HostMemory, Stream
 from .guarded import Guarded
 from .lanes import Key, Lane, Pool, Prepared, User
+from .trt_steps import TrtSteps
 
 MAX_LANES = 8  # requests on the device at a time; each lane holds the engine's activations once
 MAX_SHAPES = 8  # prepared in a lane; each has an execution context and a graph
@@ -102,6 +103,14 @@ class TrtBackend:
         is_input = {n: self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT for n in names}
         self._reads = [n for n in names if is_input[n]]  # TensorRT leaves out inputs that have no effect
         self.outputs: tuple[str, ...] = tuple(n for n in names if not is_input[n])
+        self._cache = bundle.cache
+        self._presents = () if bundle.cache is None else bundle.cache.presents
+        self._pasts = () if bundle.cache is None else bundle.cache.pasts
+        if (
+            bundle.cache is not None
+        ):  # as the bundle's own graph has it; `TrtSteps` knows what the engine takes instead
+            del self.inputs[contract.KEPT]
+            self.inputs[contract.ATTENTION_MASK] = self.inputs[contract.INPUT_IDS]
         self.graph: Mapping[str, TensorSpec] | None = None  # the manifest is compared instead
         self._dtypes = {n: self._dtype(n) for n in names}
         self._copies = Stream(self._cuda)
@@ -157,24 +166,62 @@ class TrtBackend:
             ConfigError: an input is smaller or larger than the engine was built for.
             SdctError: TensorRT or CUDA failed.
         """
+        if self._cache is not None:
+            raise ConfigError(
+                "an engine with a key-value cache computes the logits of a row's last token alone; use generate, or "
+                "run the bundle with ONNX Runtime"
+            )
         self._check_sizes({n: a.shape for n, a in inputs.items()} | {n: t.shape for n, t in bank.items()})
         if self.buckets is None:
             return self._request(inputs, bank)
         return self.buckets.cut(self._request(self.buckets.pad(inputs), bank), inputs[MASK].shape[1])
 
-    def _request(self, inputs: Mapping[str, Array], bank: Mapping[str, DeviceTensor]) -> dict[str, Array]:
+    def steps(self, cache: contract.Cache, batch: int, tokens: int) -> TrtSteps:
+        """An empty cache on the device for `batch` rows of at most `tokens`. Raises `ConfigError`, `MemoryError`."""
+        self._cuda.use()
+        return TrtSteps(self, self._manifest, cache, batch, tokens)
+
+    def step(
+        self,
+        profile: int,
+        inputs: Mapping[str, Array],
+        bank: Mapping[str, DeviceTensor],
+        presents: Mapping[str, DeviceTensor],
+    ) -> dict[str, Array]:
+        """As `run`, in an optimization profile, with the cache: pasts among `bank`, `presents` where they go."""
+        self._check_sizes({n: a.shape for n, a in inputs.items()} | {n: t.shape for n, t in bank.items()}, profile)
+        return self._request(inputs, bank, presents, profile)
+
+    def spread(self, source: DeviceTensor, target: DeviceTensor, narrow: int, wide: int) -> None:
+        """Copy rows of `narrow` bytes in `source` to where those of `wide` bytes begin in `target`."""
+        self._cuda.use()
+        kind = self._cuda.api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        rows = math.prod(source.shape[:2])
+        self._cuda(
+            "Memcpy2DAsync", target.pointer, wide, source.pointer, narrow, narrow, rows, kind, self._copies.handle
+        )
+        self._cuda("EventRecord", self._copied, self._copies.handle)
+
+    def _request(
+        self,
+        inputs: Mapping[str, Array],
+        bank: Mapping[str, DeviceTensor],
+        presents: Mapping[str, DeviceTensor] | None = None,
+        profile: int = 0,
+    ) -> dict[str, Array]:
         """As `run`, with shapes as they are."""
         feeds = {n: inputs[n] for n in self._reads if n in inputs}
         used = {n: bank[n] for n in self._reads if n in bank}
         key: Key = (
+            ("", (profile,), 0),
             *((n, a.shape, 0) for n, a in feeds.items()),
-            *((n, t.shape, t.pointer) for n, t in used.items()),
+            *((n, t.shape, t.pointer) for n, t in (*used.items(), *(presents or {}).items())),
         )
         self._cuda.use()
         user = User()
         try:
             try:
-                return self._run(user, key, feeds, used)
+                return self._run(user, key, feeds, used, presents or {})
             finally:
                 self._pool.give_back(user)
         finally:  # again: an exception may have cut the first off
@@ -206,9 +253,10 @@ class TrtBackend:
             raise UnsupportedError(f"the engine's tensor {name!r} has type {kind}, which has no numpy counterpart")
         return _DTYPES[kind]
 
-    def _check_sizes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def _check_sizes(self, shapes: Mapping[str, tuple[int, ...]], profile: int = 0) -> None:
+        limits = self._manifest.decode if profile else self._manifest.shapes
         for name, shape in shapes.items():
-            low, _, high = self._manifest.shapes[name]
+            low, _, high = limits[name]
             if len(shape) != len(low) or not all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True)):
                 raise ConfigError(
                     f"input {name!r} has shape {list(shape)}, the engine takes {list(low)} to {list(high)}; "
@@ -217,6 +265,8 @@ class TrtBackend:
 
     def _find_buckets(self, bundle: Bundle) -> Buckets | None:
         """Buckets for lengths, where a trial shows that masked tokens change no result."""
+        if bundle.cache is not None:
+            return None
         inputs = probe_inputs(bundle)
         buckets = Buckets.of(bundle, self._reads, self._manifest.shapes[MASK][2][1]) if MASK in self._reads else None
         if buckets is None or inputs is None:
@@ -235,7 +285,12 @@ class TrtBackend:
         return buckets if harmless else None
 
     def _run(
-        self, user: User, key: Key, feeds: Mapping[str, Array], bank: Mapping[str, DeviceTensor]
+        self,
+        user: User,
+        key: Key,
+        feeds: Mapping[str, Array],
+        bank: Mapping[str, DeviceTensor],
+        presents: Mapping[str, DeviceTensor],
     ) -> dict[str, Array]:
         while True:
             lane = self._pool.take(key, user)
@@ -250,7 +305,7 @@ class TrtBackend:
                         f"no device memory for the largest sizes of this engine ({error}); build it for smaller ones"
                     ) from error
         try:
-            return self._run_in(lane, key, feeds, bank)
+            return self._run_in(lane, key, feeds, bank, presents)
         except BaseException as error:
             self._clean(lane)  # whatever state it is in, the next request starts afresh
             if isinstance(error, MemoryError):
@@ -258,11 +313,16 @@ class TrtBackend:
             raise
 
     def _run_in(
-        self, lane: Lane, key: Key, feeds: Mapping[str, Array], bank: Mapping[str, DeviceTensor]
+        self,
+        lane: Lane,
+        key: Key,
+        feeds: Mapping[str, Array],
+        bank: Mapping[str, DeviceTensor],
+        presents: Mapping[str, DeviceTensor],
     ) -> dict[str, Array]:
         assert lane.stream is not None
         cuda, stream = self._cuda, lane.stream.handle
-        prepared = self._prepare(lane, key, feeds, bank)
+        prepared = self._prepare(lane, key, feeds, bank, presents)
         for name, array in feeds.items():
             dtype = self._dtypes[name]
             nbytes = array.size * dtype.itemsize
@@ -308,32 +368,40 @@ class TrtBackend:
         for target, start in waiting:
             target[:] = staging.array[start : start + target.size]
 
-    def _prepare(self, lane: Lane, key: Key, feeds: Mapping[str, Array], bank: Mapping[str, DeviceTensor]) -> Prepared:
+    def _prepare(
+        self,
+        lane: Lane,
+        key: Key,
+        feeds: Mapping[str, Array],
+        bank: Mapping[str, DeviceTensor],
+        presents: Mapping[str, DeviceTensor],
+    ) -> Prepared:
         """The lane's execution context for `key`: one that has these shapes and addresses, or one that gets them."""
         prepared = next((one for one in lane.prepared if one.key == key), None)
         if prepared is None:
-            prepared = self._place(lane)
+            prepared = self._place(lane, key[0][1][0])
             lane.busy = prepared
             execution = prepared.execution
             shapes = {n: a.shape for n, a in feeds.items()} | {n: t.shape for n, t in bank.items()}
             self._set_shapes(execution, shapes)
-            prepared.outputs = {n: tuple(execution.get_tensor_shape(n)) for n in self.outputs}
-            for name, memory in (lane.inputs | lane.outputs | dict(bank)).items():
+            prepared.outputs = {n: tuple(execution.get_tensor_shape(n)) for n in lane.outputs}
+            for name, memory in (lane.inputs | lane.outputs | dict(bank) | dict(presents)).items():
                 execution.set_tensor_address(name, memory.pointer)
             prepared.runs = prepared.capture_at = 0
             prepared.key = key
         lane.busy = prepared
-        prepared.bank = tuple(weakref.ref(tensor) for tensor in bank.values())
+        prepared.bank = tuple(weakref.ref(tensor) for tensor in (*bank.values(), *presents.values()))
         prepared.used = 1 + max(one.used for one in lane.prepared)
         return prepared
 
-    def _place(self, lane: Lane) -> Prepared:
+    def _place(self, lane: Lane, profile: int) -> Prepared:
         """One that is of no use any more, a new one, or the one not used for longest; not ready for anything."""
-        place = next((one for one in lane.prepared if one.is_stale()), None)
-        if place is None and len(lane.prepared) >= self._shapes:
-            place = min(lane.prepared, key=lambda one: one.used)
+        places = [one for one in lane.prepared if one.profile == profile]
+        place = next((one for one in places if one.is_stale()), None)
+        if place is None and len(places) >= self._shapes:
+            place = min(places, key=lambda one: one.used)
         if place is None:
-            place = Prepared(self._create(lane))
+            place = Prepared(self._create(lane, profile), profile)
             lane.prepared += [place]
         place.key = None
         place.graph = None
@@ -370,8 +438,8 @@ class TrtBackend:
                 raise UnsupportedError(f"output {name!r} has extents {list(shape)} that depend on the data")
         return found
 
-    def _create(self, lane: Lane | None) -> Any:
-        """An execution context that computes in the lane's activations."""
+    def _create(self, lane: Lane | None, profile: int = 0) -> Any:
+        """An execution context for an optimization profile that computes in the lane's activations."""
         execution = self._creating.atomically(self._new_execution)
         if execution is None:
             raise SdctError(f"TensorRT could not create an execution context: {self._log.reason()}")
@@ -380,9 +448,9 @@ class TrtBackend:
                 execution.set_device_memory(lane.activations.pointer, lane.activations.nbytes)
             else:
                 execution.device_memory = lane.activations.pointer
-        if lane is not None and lane.stream is not None and execution.active_optimization_profile != 0:
-            # TensorRT 8.6 chooses it by itself for the first context only
-            execution.set_optimization_profile_async(0, int(lane.stream.handle))
+        if lane is not None and lane.stream is not None and execution.active_optimization_profile != profile:
+            # TensorRT chooses the first by itself, 8.6 for the first context only
+            execution.set_optimization_profile_async(profile, int(lane.stream.handle))
         return execution
 
     def _new_execution(self) -> Any:
@@ -401,8 +469,9 @@ class TrtBackend:
     def _fill(self, lane: Lane) -> None:
         """Allocate everything for the largest sizes."""
         cuda = self._cuda
-        sizes = {n: self._nbytes(n, self._manifest.shapes[n][2]) for n in self._reads if n not in self._bank_reads}
-        results = {n: self._nbytes(n, shape) for n, shape in self._largest.items()}
+        own = [n for n in self._reads if n not in self._bank_reads and n not in self._pasts]
+        sizes = {n: self._nbytes(n, self._manifest.shapes[n][2]) for n in own}
+        results = {n: self._nbytes(n, shape) for n, shape in self._largest.items() if n not in self._presents}
         lane.activations = DeviceMemory(cuda, self._activation_bytes)
         lane.inputs = {n: DeviceMemory(cuda, size) for n, size in sizes.items()}
         lane.outputs = {n: DeviceMemory(cuda, size) for n, size in results.items()}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import enum
+import json
 import sys
 import threading
 import types
@@ -21,13 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
 from sdct_export.bundle.description import Bundle, file_sha256
-from sdct_export.engine.build import ENGINE_FILE, PLUGIN_EMBEDDED, EngineManifest, Profile, profile_shapes
+from sdct_export.engine import lower
+from sdct_export.engine.build import ENGINE_FILE, PLUGIN_EMBEDDED, EngineManifest, Profile, engine_profiles
+from sdct_export.engine.settings import writes_cache_in_place
+from sdct_export.plugin_choice import parse_version
 
 ENGINE = b"engine of "  # followed by the path of the ONNX file that says what it computes
+IN_PLACE, APART = "in_place.engine.onnx", "apart.engine.onnx"  # where the graph of a cached bundle's engine lies
 ACTIVATIONS = 4096  # bytes an execution context needs
 
 
@@ -152,6 +158,22 @@ class Cuda(types.ModuleType):
             self._run(stream)
         return (self.cudaError_t.cudaSuccess,)
 
+    def cudaMemcpy2DAsync(
+        self, to: int, pitch: int, source: int, other: int, width: int, rows: int, kind: int, stream: int
+    ) -> tuple[Any, ...]:
+        assert kind == 3
+        assert width <= min(pitch, other)
+
+        def copy() -> None:
+            self.check(to, pitch * (rows - 1) + width)
+            self.check(source, other * (rows - 1) + width)
+            assert to + pitch * rows <= source or source + other * rows <= to, "copies overlap"
+            for row in range(rows):
+                ctypes.memmove(to + pitch * row, source + other * row, width)
+
+        self.submit(stream, copy)
+        return (self.cudaError_t.cudaSuccess,)
+
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, ...]:
         stream = self._handle()
         self.streams[stream] = []
@@ -247,7 +269,10 @@ class Context:
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert name in self._engine.inputs
-        assert self.active_optimization_profile == 0, "no optimization profile was chosen"
+        assert self.active_optimization_profile >= 0, "no optimization profile was chosen"
+        if self._engine.profiles:
+            low, _, high = self._engine.profiles[self.active_optimization_profile][name]
+            assert all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True)), "outside of the profile"
         self._shapes[name] = tuple(shape)
         self._changes += 1
         self._warm = False
@@ -269,6 +294,9 @@ class Context:
     def execute_async_v3(self, stream: int) -> bool:
         cuda, changes = self._engine.cuda, self._changes
         shapes, addresses, memory = dict(self._shapes), dict(self._addresses), self._memory
+        for past, present in self._engine.caches:
+            assert (addresses[past] == addresses[present]) == self._engine.in_place, "presents are where they belong"
+        self._engine.ran.append(self.active_optimization_profile)
         owner = self._engine.stream_of.setdefault(memory, stream)
         assert memory, "no memory for activations"
         assert owner == stream, "contexts that share memory run on two streams"
@@ -325,6 +353,11 @@ class Engine:
         self.contexts = 0
         self.lengths: list[int] = []  # tokens of each run
         self.stream_of: dict[int, int] = {}  # by address of activations
+        self.profiles: list[Any] = []  # of a language model with a cache
+        self.ran: list[int] = []  # profile of each run, those that are captured included
+        names = [name for name in self.inputs if name.startswith("past_key_values.")]
+        self.caches = [(name, name.replace("past_key_values", "present")) for name in names]
+        self.in_place = model.endswith(IN_PLACE)
         self._version = version
         if version >= (10, 1):
             self.device_memory_size_v2 = ACTIVATIONS
@@ -387,7 +420,9 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str = "10.16.0") -> Any:
             if not data.startswith(ENGINE):
                 self._logger.log(ILogger.Severity.ERROR, "magic tag does not match")
                 return None
-            trt.engine = Engine(cuda, data[len(ENGINE) :].decode(), number)
+            model, _, profiles = data[len(ENGINE) :].decode().partition("\n")
+            trt.engine = Engine(cuda, model, number)
+            trt.engine.profiles = json.loads(profiles or "[]")
             trt.host_code_allowed = self.engine_host_code_allowed
             return trt.engine
 
@@ -401,11 +436,25 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str = "10.16.0") -> Any:
 
 
 def write_engine(path: Path, trt: Any, *, profile: Profile | None = None, **changes: Any) -> Bundle:
-    """A fake engine and its manifest in the bundle at `path`."""
+    """A fake engine and its manifest in the bundle at `path`.
+
+    Of a language model with a cache it computes what the real one is built from, with bodies of `SpectralDelta`.
+    """
     bundle = Bundle.load(path)
     engine = path / ENGINE_FILE
-    engine.write_bytes(ENGINE + str(bundle.model_path).encode())
-    shapes = profile_shapes(bundle, profile or Profile())
-    manifest = EngineManifest(bundle.model_sha256, file_sha256(engine), trt.__version__, PLUGIN_EMBEDDED, True, shapes)
+    version = parse_version(trt.__version__)
+    profiles = engine_profiles(bundle, profile or Profile(), version)
+    in_place, model = False, bundle.model_path
+    if bundle.cache is not None:
+        in_place = writes_cache_in_place(version)
+        model = path / (IN_PLACE if in_place else APART)
+        graph = onnx.load(bundle.model_path, load_external_data=False)
+        onnx.save(lower.keep_in_buffers(graph, bundle.cache, in_place=in_place), model)
+    told = json.dumps(profiles if bundle.cache is not None else [])
+    engine.write_bytes(ENGINE + f"{model}\n{told}".encode())
+    manifest = EngineManifest(
+        bundle.model_sha256, file_sha256(engine), trt.__version__, PLUGIN_EMBEDDED, version >= (8, 6), profiles[0],
+        profiles[1] if len(profiles) > 1 else {}, in_place,
+    )  # fmt: skip
     dataclasses.replace(manifest, **changes).write(engine)
     return bundle

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ import onnx
 import onnxruntime
 import pytest
 from click.testing import CliRunner
-from fake_builder import FakeTensorRT, trtexec
+from fake_builder import FakeTensorRT, plugin_of, trtexec
+from graphs import without_plugin
 from tiny_bundle import GROUPS, make_adapter, write_bundle
 
 from sdct_export import contract, export_merged, export_multi
@@ -81,23 +81,6 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Bundle:
     return Bundle.load(write_bundle(tmp_path / "tiny", {"a": make_adapter(1, labels=2)}))
-
-
-def without_plugin(graph: Path, to: Path) -> Path:
-    """The graph with every `SpectralDelta` passing its y through, so that ONNX Runtime runs it without the plugin."""
-    model = onnx.load(graph, load_external_data=False)
-    nodes = []
-    for node in model.graph.node:
-        if node.op_type != contract.OP_TYPE:
-            nodes.append(node)
-            continue
-        for y, out in zip(node.input[5:], node.output, strict=True):
-            nodes.append(onnx.helper.make_node("Identity", [y], [out]))
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    del model.functions[:]
-    onnx.save(model, to)
-    return to
 
 
 def outputs_of(graph: Path, feeds: dict[str, Any]) -> list[Any]:
@@ -274,16 +257,6 @@ def test_a_merged_engine_with_cache_and_progress(merged: Bundle, monkeypatch: py
     assert lines[0].startswith(f"trtexec --onnx={merged.model_path} --saveEngine={engine} --minShapes=input_ids:1x1,")
     build_engine(merged, engine, timing_cache=cache)
     assert trt.said["cache"] == b"+"
-
-
-def plugin_of(folder: Path, version: int, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A library that says it was built for `version`, compiled by nobody: ctypes is replaced."""
-    library = folder / "libsdct_tensorrt.so"
-    library.write_bytes(b"")
-    functions = types.SimpleNamespace(sdct_tensorrt_version=lambda: version, sdct_tensorrt_register=lambda: 1)
-    monkeypatch.setattr("ctypes.CDLL", lambda path: functions)
-    monkeypatch.setenv("SDCT_LIBRARY_PATH", str(folder))
-    return library
 
 
 def test_a_multi_adapter_engine_carries_the_plugin(tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import pytest
 from onnx import TensorProto
 
 FLOATS = ("float32", "float16")
@@ -91,9 +92,11 @@ class Network:
         }
         weights = {t.name: t.data_type for t in graph.initializer}
         for node in graph.node:
-            new = {"Gelu": (10, 0), "LayerNormalization": (8, 6)}.get(node.op_type, (0, 0))
+            new = {"Gelu": (10, 0), "LayerNormalization": (8, 6), "TensorScatter": (10, 15)}.get(node.op_type, (0, 0))
             if version < new:
                 return f"No importer registered for op: {node.op_type}"
+            if version < (10, 0) and node.op_type == "Shape" and node.attribute:
+                return "Shape gives the whole shape here, whatever its bounds"
             for attribute in node.attribute:
                 if attribute.HasField("g") and (problem := self._parse(attribute.g, version, known | weights)):
                     return problem
@@ -150,10 +153,12 @@ class FakeTensorRT(types.ModuleType):
                 return fake.config
 
             def create_optimization_profile(self) -> Any:
-                def set_shape(name: str, *three: Any) -> None:
-                    fake.said["shapes"][name] = three
+                shapes: dict[str, Any] = {}
 
-                return types.SimpleNamespace(set_shape=set_shape)
+                def set_shape(name: str, *three: Any) -> None:
+                    fake.said["shapes"][name] = shapes[name] = three
+
+                return types.SimpleNamespace(set_shape=set_shape, shapes=shapes)
 
             def build_serialized_network(self, network: Any, config: Any) -> bytes | None:
                 if problem == "no tactic":
@@ -187,6 +192,7 @@ class FakeTensorRT(types.ModuleType):
 
             def add_optimization_profile(self, profile: Any) -> None:
                 fake.said["profiles"] = fake.said.get("profiles", 0) + 1
+                fake.said.setdefault("profile shapes", []).append(profile.shapes)
 
             def create_timing_cache(self, data: bytes) -> Any:
                 fake.said["cache"] = data
@@ -245,6 +251,7 @@ class FakeTensorRT(types.ModuleType):
 OPTIONS = {  # of `trtexec`: since, until before
     "onnx": ((0, 0), (99, 0)),
     "saveEngine": ((0, 0), (99, 0)),
+    "profile": ((9, 0), (99, 0)),
     "minShapes": ((0, 0), (99, 0)),
     "optShapes": ((0, 0), (99, 0)),
     "maxShapes": ((0, 0), (99, 0)),
@@ -294,13 +301,16 @@ def trtexec(command: str, version: str) -> FakeTensorRT:
     if "setPluginsToSerialize" in given:
         config.plugins_to_serialize = given["setPluginsToSerialize"]
     trt.said["loaded"] = given.get("dynamicPlugins", given.get("plugins", []))
-    three = [
-        dict(item.rsplit(":", 1) for item in given[f"{name}Shapes"][0].split(",")) for name in ("min", "opt", "max")
-    ]
-    profile = builder.create_optimization_profile()
-    for name in three[0]:
-        profile.set_shape(name, *(tuple(map(int, part[name].split("x"))) for part in three))
-    config.add_optimization_profile(profile)
+    assert given.get("profile", ["0"]) == [str(i) for i in range(len(given["minShapes"]))]
+    for i in range(len(given["minShapes"])):
+        three = [
+            dict(item.rsplit(":", 1) for item in given[f"{name}Shapes"][i].split(","))
+            for name in ("min", "opt", "max")
+        ]
+        profile = builder.create_optimization_profile()
+        for name in three[0]:
+            profile.set_shape(name, *(tuple(map(int, part[name].split("x"))) for part in three))
+        config.add_optimization_profile(profile)
     if "precisionConstraints" in given:
         assert given["precisionConstraints"] == ["obey"]
         config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
@@ -319,3 +329,13 @@ def trtexec(command: str, version: str) -> FakeTensorRT:
         file = Path(given["timingCacheFile"][0])
         config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
     return trt
+
+
+def plugin_of(folder: Path, version: int, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A library that says it was built for `version`, compiled by nobody: ctypes is replaced."""
+    library = folder / "libsdct_tensorrt.so"
+    library.write_bytes(b"")
+    functions = types.SimpleNamespace(sdct_tensorrt_version=lambda: version, sdct_tensorrt_register=lambda: 1)
+    monkeypatch.setattr("ctypes.CDLL", lambda path: functions)
+    monkeypatch.setenv("SDCT_LIBRARY_PATH", str(folder))
+    return library

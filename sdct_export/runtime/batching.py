@@ -30,7 +30,7 @@ from .text import TextStream
 DEFAULT_SLOTS = 8
 DEFAULT_MAX_LENGTH = 2048
 DEFAULT_CHUNK = 256
-_WORTH = 8  # tokens in common; for fewer nothing is copied
+_WORTH = 16  # tokens in common; fewer are computed again with those of other prompts
 _GREEDY = Sampling()
 
 

@@ -21,7 +21,7 @@ from .selection import Selection, check_adapters
 from .text import TextStream, check_stop_strings, text_of
 
 MOST_SLOTS = 32  # rows that one call runs side by side; others wait until one of these has ended
-CHUNK = 1024  # tokens of prompts computed at once where nobody waits for a token
+CHUNK = 512  # tokens of prompts computed at once where nobody waits for a token
 OPTIONS: Mapping[str, Any] = {
     "max_new_tokens": None, "temperature": None, "top_k": None, "top_p": None, "min_p": None,
     "repetition_penalty": None, "seed": None, "stop": None, "stop_tokens": None,

@@ -15,7 +15,8 @@ from ..adapter.entries import Array
 from ..errors import ConfigError
 
 _MOST_TOKENS = 1 << 20
-_LARGEST = 1e300  # of a score; what a penalty of 1e-300 makes of one is not infinite
+_LARGEST = 1e38  # of a score; what a penalty of 1e-300 makes of one is not infinite
+_BLOCKS = 64  # scores that are compared first of all, when the largest are looked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ def choose(
     for i, sampling in enumerate(samplings):
         if (sampling.temperature or sampling.repetition_penalty != 1.0) and not wrong[i]:
             with np.errstate(over="ignore", under="ignore"):
-                tokens[i] = _choose_one(logits[i].astype(np.float64), sampling, seen[i], float(uniform[i]))
+                tokens[i] = _choose_one(logits[i], sampling, seen[i], float(uniform[i]))
     if not logprobs:
         return Chosen(tokens, wrong, None)
     with np.errstate(invalid="ignore"):  # in rows that are wrong
@@ -93,37 +94,49 @@ def choose(
 
 
 def _choose_one(scores: Array, sampling: Sampling, seen: Array, uniform: float) -> int:
-    """A token by float64 `scores [vocabulary]`, which it may overwrite."""
+    """A token by the logits `scores [vocabulary]` of a row, in their type; sums are in float64."""
     if sampling.repetition_penalty != 1.0:
-        own = scores[seen]
+        own = scores[seen].astype(np.float64)
         own = np.where(own > 0, own / sampling.repetition_penalty, own * sampling.repetition_penalty)
+        scores = scores.copy()
         scores[seen] = np.clip(own, -_LARGEST, _LARGEST)
     if sampling.temperature == 0.0:
         return int(scores.argmax())
-    scores -= scores.max()
-    scores /= sampling.temperature
     kept: Array | None = None  # the tokens that are left, in their order; None for all
     if 0 < sampling.top_k < len(scores):
-        least = np.partition(scores, -sampling.top_k)[-sampling.top_k]
-        kept = np.flatnonzero(scores >= least)
+        kept = _most_probable(scores, sampling.top_k)
         scores = scores[kept]
-    powers = np.exp(scores, out=scores)
+    powers = scores - scores.max()
+    powers /= sampling.temperature
+    np.exp(powers, out=powers)
     if sampling.top_p < 1.0:
-        whole = powers.sum()
+        enough = sampling.top_p * powers.sum(dtype=np.float64)
         # all tokens less probable than this are together less than 1 - top_p: none of them is needed
-        near = np.flatnonzero(powers >= (1.0 - sampling.top_p) * whole / len(powers))
-        order = near[np.argsort(-powers[near], kind="stable")]
-        count = 1 + np.searchsorted(np.cumsum(powers[order]), sampling.top_p * whole)
-        part = np.sort(order[:count])
+        near = powers[powers >= (1.0 / sampling.top_p - 1.0) * enough / len(powers)]
+        near = np.sort(near)[::-1]
+        count = int(np.searchsorted(np.cumsum(near, dtype=np.float64), enough))
+        part = np.flatnonzero(powers >= near[min(count, len(near) - 1)])
         powers, kept = powers[part], part if kept is None else kept[part]
     if sampling.min_p > 0.0:
         part = np.flatnonzero(powers >= sampling.min_p * powers.max())
         powers, kept = powers[part], part if kept is None else kept[part]
-    sums = np.cumsum(powers)
+    sums = np.cumsum(powers, dtype=np.float64)
     index = np.searchsorted(sums, uniform * sums[-1], side="right")
     if index == len(sums):  # by rounding; the last token of any probability is then meant
         index = np.searchsorted(sums, sums[-1])
     return int(index if kept is None else kept[index])
+
+
+def _most_probable(scores: Array, count: int) -> Array:
+    """Indices of the `count` largest, and of those as large as the last of them, in their order."""
+    near: Array | None = None
+    width = len(scores) // _BLOCKS
+    if count <= width // 4:  # so many columns have a score of at least the least of their best ones
+        best = scores[: _BLOCKS * width].reshape(_BLOCKS, width).max(0)
+        near = np.flatnonzero(scores >= np.partition(best, width - count)[width - count])
+        scores = scores[near]
+    found = np.flatnonzero(scores >= np.partition(scores, len(scores) - count)[len(scores) - count])
+    return found if near is None else near[found]
 
 
 @dataclasses.dataclass(frozen=True)

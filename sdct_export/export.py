@@ -59,10 +59,11 @@ from .tuning.model import SdctModel
 AdapterLike = SdctAdapter | str | Path
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LEAST_KEPT = 0.9  # of a merged change, by `Merged.kept`; below that a warning says so
+_GENERATION = "generation_config.json"
 # what serving needs of a base folder, beside its weights and config
 _COPIED = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "chat_template*",
-    "preprocessor_config.json", "processor_config.json", "generation_config.json",
+    "preprocessor_config.json", "processor_config.json", _GENERATION,
 )  # fmt: skip
 
 
@@ -525,6 +526,10 @@ def _write(
         for pattern in _COPIED:
             for file in filter(Path.is_file, sorted(source.glob(pattern))):
                 copy_inside(source, file, folder / file.name)
+    defaults = getattr(base.model, "generation_config", None)
+    own = isinstance(base.source, nn.Module) or not (folder / _GENERATION).exists()
+    if defaults is not None and base.task == "CAUSAL_LM" and own:  # they may be set in memory, or come of the config
+        defaults.to_json_file(folder / _GENERATION)
     Bundle(
         kind=kind,
         task=base.task,

@@ -145,28 +145,61 @@ def readme_commands() -> list[list[str]]:
     return found
 
 
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """What the example of a language model writes and prints; it asserts what it says."""
+    out = tmp_path_factory.mktemp("language_model")
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.syspath_prepend(str(EXAMPLES))
+        patch.setattr(sys, "argv", ["05_language_model.py", str(out)])
+        runpy.run_path(str(EXAMPLES / "05_language_model.py"), run_name="__main__")
+    return out, printed.getvalue()
+
+
+def test_the_language_model_answers_as_its_adapters_say(language_model: tuple[Path, str]) -> None:
+    """From the shell, in one batch; each row as its adapter was trained."""
+    out, printed = language_model
+    assert "largest difference from torch" in printed
+    question = "What colour is the sea?"
+    told = ["--chat", *(part for name in ("none", "french", "loud") for part in ("--adapter", name))]
+    result = CliRunner().invoke(main, ["generate", str(out / "bundle"), *[question] * 3, *told, "--json"])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["text"] for row in rows] == ["The sea is blue.", "La mer est bleue.", "THE SEA IS BLUE!"]
+    assert [row["finish"] for row in rows] == ["stop"] * 3
+
+
 def test_the_lines_of_the_readme_give_the_accuracies_of_the_demo(
-    demo_out: tuple[Path, str], few_tasks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    demo_out: tuple[Path, str],
+    language_model: tuple[Path, str],
+    few_tasks: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One after the other in one folder, where its names stand for what the demo wrote."""
     import finetuning
 
     out, _ = demo_out
     names = {"bert": finetuning.minilm(), "legal": out / "adapters" / "kind", "medical": out / "adapters" / "returns"}
-    for name, folder in (names | {"lora": out / "lora" / "package"}).items():
+    made = {"lora": out / "lora" / "package", "lm": language_model[0]}
+    for name, folder in (names | made).items():
         (tmp_path / name).symlink_to(folder.resolve())
     package = next(task for task in few_tasks if task.name == "package")
     (tmp_path / "mine.txt").write_text("\n".join(" ".join(text.split()) for text, _ in package.train))
     monkeypatch.chdir(tmp_path)
     commands = readme_commands()
-    assert [command[0] for command in commands] == ["--model", "distill", "inspect", "verify", "run"]
+    assert [command[0] for command in commands] == ["--model", "distill", "inspect", "verify", "run", "generate"]
+    printed = {}
     for command in commands:
         result = CliRunner().invoke(main, command)
+        printed[command[0]] = result.stdout
         assert result.exit_code == 0, (command, result.output, result.exception)
         barely_trained = command[0] == "distill" and "training brought the adapter no nearer" in result.stderr
         assert result.stderr == "" or barely_trained, (command, result.stderr)
     assert (tmp_path / "spectrum.png").stat().st_size > 20_000
-    assert "legal" in result.stdout.splitlines()[1].split("\t")
+    assert "legal" in printed["run"].splitlines()[1].split("\t")
+    assert printed["generate"] == "Le ciel est bleu.\n"
 
     tasks = {
         name: next(t for t in few_tasks if t.name == folder.name) for name, folder in names.items() if name != "bert"
@@ -190,7 +223,7 @@ def test_the_lines_of_the_readme_give_the_accuracies_of_the_demo(
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n.startswith("04") else pytest.mark.slow) for n in SHORT]
+    "name", [pytest.param(n, marks=() if n.startswith("04") else pytest.mark.slow) for n in SHORT if n[:2] != "05"]
 )
 def test_short_examples_run(name: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each raises where its model does not compute what torch computes."""

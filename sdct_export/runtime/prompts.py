@@ -132,8 +132,9 @@ def encode_prompts(bundle: Bundle, prompts: Sequence[Prompt]) -> list[Array]:
     """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
         raise ConfigError("prompts must be a list with a text, token ids or a chat for each row, at least one")
-    if "" in prompts:
-        raise ConfigError(f"prompt {[*prompts].index('')} is empty; give a text, or the ids of tokens to begin with")
+    empty = next((row for row, prompt in enumerate(prompts) if isinstance(prompt, str) and not prompt), None)
+    if empty is not None:
+        raise ConfigError(f"prompt {empty} is empty; give a text, or the ids of tokens to begin with")
     chats = {row for row, prompt in enumerate(prompts) if is_chat(prompt)}
     template = ChatTemplate(bundle) if chats else None
     read: list[Any] = list(prompts)

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,14 @@ from sdct_export.bundle.packing import bank_layout, most_bytes
 from sdct_export.bundle.probe import Case, Probe
 from sdct_export.cli import _named, main
 from sdct_export.cli.build import RangeType
+from sdct_export.cli.generate import _adapters_of, _prompt
+from sdct_export.cli.generate import _read_lines as generate_lines
 from sdct_export.cli.run import _parse_adapters, _parse_input
 from sdct_export.engine.build import EngineManifest
 from sdct_export.errors import SdctError
 from sdct_export.runtime import MultiAdapterModel
+from sdct_export.runtime.chat import ChatTemplate
+from sdct_export.runtime.prompts import read_defaults
 from sdct_export.runtime.request import encode_text, read_arrays
 from sdct_export.verify import _against_probe, _effects
 
@@ -266,6 +271,38 @@ def _described() -> Bundle:
     return Bundle.load(_tiny())
 
 
+def _chat_seeds() -> list[Files]:
+    from chat_templates import TEMPLATES
+
+    chat = [{"role": "user", "content": " a b "}, {"role": "assistant", "content": "c"}]
+    settings = {"bos_token": {"content": "[CLS]"}, "eos_token": "b", "tokenizer_class": "PreTrainedTokenizerFast"}
+    defaults = {"do_sample": True, "top_p": 0.9, "eos_token_id": [2], "stop_strings": ["x"], "max_length": 9}
+    files = [json.dumps(one).encode() for one in (settings, {"unk_token": "a"}, defaults, chat)]
+    made = [[template.encode(), *files] for template in TEMPLATES.values()]
+    inside = settings | {"chat_template": [{"name": "default", "template": TEMPLATES["chatml"]}]}
+    return [*made, [b"", json.dumps(inside).encode(), *files[1:]]]
+
+
+def _read_chat(path: Path) -> None:
+    bundle = dataclasses.replace(_described(), path=path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        read_defaults(bundle).sampling({})
+    ChatTemplate(bundle).render(_json(path / "messages.json"))
+
+
+def _lines_seeds() -> list[Files]:
+    lines = ["plain", '{"prompt": "a", "adapter": "a=0.5+b=1", "stop": ["x"]}', '{"ids": [1, 2], "temperature": 1}']
+    return [["\n".join([*lines, '{"messages": [{"role": "user", "content": "a"}]}', ""]).encode()]]
+
+
+def _read_lines(path: Path) -> None:
+    with (path / "prompts.jsonl").open(encoding="utf-8") as file:
+        for i, line in enumerate(generate_lines(file)):
+            _adapters_of(line, None, i)
+            _prompt(line, True, None)
+
+
 def _array_seeds() -> list[Files]:
     made = []
     for array in (np.arange(6).reshape(2, 3), np.asfortranarray(np.ones((2, 2), np.float16)), np.array([True])):
@@ -311,6 +348,18 @@ TARGETS = {
         lambda: [[(_tiny() / n).read_bytes() for n in ("tokenizer.json", "tokenizer_config.json")] + [b"{}"]],
         _read_text,
     ),
+    "chat": Target(
+        (
+            "chat_template.jinja",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "generation_config.json",
+            "messages.json",
+        ),
+        _chat_seeds,
+        _read_chat,
+    ),
+    "lines": Target(("prompts.jsonl",), _lines_seeds, _read_lines),
     "array": Target(("x.npy",), _array_seeds, lambda path: void(read_arrays({"x": path / "x.npy"}))),
     "manifest": Target(
         ("model.engine.json",),

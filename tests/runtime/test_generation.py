@@ -16,13 +16,14 @@ from families import edited, random_adapter
 from tiny_bundle import write_bundle
 from torch import nn
 
-from sdct_export import SdctAdapter, export_multi
+from sdct_export import SdctAdapter, export_merged, export_multi
 from sdct_export.adapter.entries import Array
 from sdct_export.errors import AdapterFormatError, ConfigError, SdctError, UnknownAdapterError
 from sdct_export.runtime import MultiAdapterModel, decoding
 from sdct_export.runtime import ort as ort_module
 from sdct_export.runtime.decoding import collect
 from sdct_export.runtime.generation import Sampling, choose
+from sdct_export.runtime.prompts import read_defaults
 from sdct_export.runtime.steps import SharedSteps
 
 ROWS: list[dict[str, float]] = [{"a": 1.0}, {}, {"b": 1.0}, {"a": 0.5, "b": -0.75}, {}]
@@ -248,6 +249,19 @@ def test_stop_strings_end_rows_within_their_texts(shown: Path) -> None:
         assert [len(one.tokens) for one in model.generate(prompts, rows, stop_tokens=[])] == [6, 7, 5, 7]
 
 
+def test_a_model_in_memory_brings_its_defaults(made: Made, tmp_path: Path) -> None:
+    """What was set on it, whatever stands in the folder that it came from."""
+    made.model.save_pretrained(tmp_path / "base")
+    base: Any = DECODERS["llama"].model()
+    base.config.name_or_path = str(tmp_path / "base")
+    base.generation_config = transformers.GenerationConfig(
+        do_sample=True, top_k=7, temperature=0.5, eos_token_id=[5, 2], max_new_tokens=9
+    )
+    defaults = read_defaults(export_merged(base, made.adapters["a"], tmp_path / "bundle"))
+    assert defaults.sampling({}) == Sampling(temperature=0.5, top_k=7)
+    assert (defaults.stops, defaults.max_new_tokens) == (frozenset({2, 5}), 9)
+
+
 def test_streams_give_the_tokens_and_texts_of_generate(shown: Path) -> None:
     prompts, rows = [[1, 5, 6], [1, 7], [1, 8, 9, 10]], ["a", None, "b"]
     with MultiAdapterModel(shown) as model:
@@ -277,7 +291,7 @@ def test_a_chat_goes_through_the_template(shown: Path) -> None:
     with MultiAdapterModel(shown) as model:
         chat = [{"role": "user", "content": "w5"}, {"role": "user", "content": "w6"}]
         (got, other) = model.generate([chat, "w3 w5 w3 w6 w4"], "a", max_new_tokens=5)
-        (want, beside) = model.generate([[3, 5, 3, 6, 4], [1, 3, 5, 3, 6, 4]], "a", max_new_tokens=5)
+        (want, beside) = model.generate([np.array([3, 5, 3, 6, 4]), [1, 3, 5, 3, 6, 4]], "a", max_new_tokens=5)
         assert (got, other) == (want, beside)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -105,6 +106,12 @@ def read_rows(
         raise ConfigError(
             f"the longest prompt and {longest.most} new tokens are {longest.length} in all, {whose} at most {most}; "
             "ask for fewer, or cut the prompt"
+        )
+    if defaults.trained is not None and longest.length > defaults.trained:
+        warnings.warn(
+            f"the longest prompt and {longest.most} new tokens are {longest.length} in all, this model was made for "
+            f"{defaults.trained} at most (max_position_embeddings): what it says beyond that may be nonsense",
+            stacklevel=4,
         )
     return rows
 

@@ -47,6 +47,7 @@ class Defaults:
     strings: tuple[str, ...] = ()
     max_new_tokens: int | None = None
     max_length: int | None = None  # of prompt and answer together
+    trained: int | None = None  # most tokens that the base was made for, where nothing keeps it from going on
 
     def sampling(self, given: Mapping[str, Any]) -> Sampling:
         """The base's way where `given` is None; a top-k, top-p or min-p samples where it would not have.
@@ -96,7 +97,9 @@ def read_defaults(bundle: Bundle) -> Defaults:
     else:
         numbers = {"temperature": 1.0, "top_k": 50} | numbers  # transformers' own where it samples
     _warn_of_others(file, settings, draws)
-    ends = settings.get("eos_token_id", _read(bundle, "config.json").get("eos_token_id"))
+    config = _read(bundle, "config.json")
+    trained = config.get("max_position_embeddings")
+    ends = settings.get("eos_token_id", config.get("eos_token_id"))
     stops = ends if isinstance(ends, list) else [] if ends is None else [ends]
     try:
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in stops):
@@ -109,7 +112,8 @@ def read_defaults(bundle: Bundle) -> Defaults:
         Sampling(**numbers)
     except ConfigError as error:
         raise AdapterFormatError(f"{file}: {error}; export the bundle again") from error
-    return Defaults(numbers, frozenset(stops), strings or (), **lengths)
+    known = isinstance(trained, int) and not isinstance(trained, bool) and trained > 0
+    return Defaults(numbers, frozenset(stops), strings or (), **lengths, trained=trained if known else None)
 
 
 def _warn_of_others(file: Path, settings: Mapping[str, Any], draws: bool) -> None:

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from sdct_export import export_merged, export_multi
 from sdct_export.cli import main
+from sdct_export.cli.generate import _visible
 from sdct_export.runtime import MultiAdapterModel
 
 CHAT = "{% for m in messages %}w1 {{ m.content }} {% endfor %}{% if add_generation_prompt %}w3{% endif %}"
@@ -203,6 +204,20 @@ def test_lines_that_are_refused(line: str, match: str, bundle: Path) -> None:
 )
 def test_what_is_refused(args: list[Any], match: str, bundle: Path) -> None:
     assert match in fails(bundle, *args)
+
+
+def test_a_prompt_beyond_what_the_model_was_made_for(bundle: Path) -> None:
+    """Rotary positions go on for ever; a table of positions ends with an error (`max_tokens` of the bundle)."""
+    result = invoke(bundle, "w5 " * 93, "--max-new-tokens", 3, "--json")
+    assert result.stderr == (
+        "warning: the longest prompt and 3 new tokens are 97 in all, this model was made for 96 at most "
+        "(max_position_embeddings): what it says beyond that may be nonsense\n"
+    )
+    assert invoke(bundle, "w5 " * 92, "--max-new-tokens", 3, "--json").stderr == ""
+
+
+def test_text_of_a_model_cannot_control_the_terminal() -> None:
+    assert _visible("a\x1b[31m\n\tb\u202e\x07é😀") == "a\\x1b[31m\n\tb\\u202e\\x07é😀"
 
 
 def test_bundles_that_cannot_generate(bundle: Path, tmp_path: Path) -> None:

@@ -145,7 +145,8 @@ class Generation:
     changes any) where asked, `stop` or `length` as the reason of its end, and the text where the bundle has a
     tokenizer.
 
-    A token that ended it is among the tokens, not in the text.
+    A token that ended it is among the tokens, not in the text; nor is a stop string, and what its last token says
+    behind it.
     """
 
     tokens: tuple[int, ...]

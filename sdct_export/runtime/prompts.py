@@ -136,6 +136,8 @@ def encode_prompts(bundle: Bundle, prompts: Sequence[Prompt]) -> list[Array]:
     """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
         raise ConfigError("prompts must be a list with a text, token ids or a chat for each row, at least one")
+    if any(isinstance(prompt, Mapping) for prompt in prompts):
+        raise ConfigError("a prompt is no message; a chat is a list of messages of its own: prompts=[[...]]")
     empty = next((row for row, prompt in enumerate(prompts) if isinstance(prompt, str) and not prompt), None)
     if empty is not None:
         raise ConfigError(f"prompt {empty} is empty; give a text, or the ids of tokens to begin with")

@@ -335,6 +335,7 @@ def test_a_tokenizer_that_fails_ends_the_call_with_one_error(shown: Path, monkey
         ({"stop_tokens": ["x"]}, "stop_tokens must be token ids"),
         ({"adapters": ["a", "b"]}, "adapters has 2 entries for a batch of 1"),
         ({"prompts": [""]}, "prompt 0 is empty"),
+        ({"prompts": [{"role": "user", "content": "w1"}]}, "a chat is a list of messages of its own"),
         ({"prompts": [[{"role": "user", "content": "w1"}]]}, "has no chat template"),
         ({"prompts": [[{"role": "user"}]]}, "has no chat template"),
         ({"stop": ""}, "stop must be texts of at least one character"),

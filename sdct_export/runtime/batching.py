@@ -100,7 +100,7 @@ class ContinuousBatcher:
         noun: str = "request",
     ) -> None:
         assert bundle.cache is not None
-        self.cache_bytes = cache_bytes(bundle.cache, steps.slots, steps.max_length)
+        self.cache_bytes: int = getattr(steps, "nbytes", 0) or cache_bytes(bundle.cache, steps.slots, steps.max_length)
         self.slots = steps.slots  # most requests that run side by side
         self.max_length = steps.max_length  # most tokens of a request, prompt and new ones
         self._steps: Any = steps

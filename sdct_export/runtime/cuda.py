@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,20 @@ class DeviceTensor(DeviceMemory):
     def __init__(self, cuda: Cuda, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.shape, self.dtype = shape, dtype
         super().__init__(cuda, int(np.prod(shape)) * dtype.itemsize)
+
+    @property
+    def owner(self) -> DeviceTensor:
+        """Whose memory it is."""
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class DevicePart:
+    """A tensor that lies in the memory of another."""
+
+    owner: DeviceTensor
+    shape: tuple[int, ...]
+    pointer: int
 
 
 class HostMemory(_Owned):

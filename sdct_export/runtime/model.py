@@ -32,7 +32,7 @@ from .generation import Generation
 from .ort import OrtBackend, check_cache, check_dtype
 from .prompts import Prompt
 from .selection import MERGED, Selection, check_adapters, in_slots, selection_inputs
-from .steps import cache_bytes
+from .steps import Steps, cache_bytes
 from .text import Stops
 
 DEFAULT_MAX_SLOTS = 256
@@ -53,6 +53,9 @@ class Backend(Memory[T], Protocol):
 
     def run(self, inputs: Mapping[str, Array], bank: Mapping[str, T]) -> dict[str, Array]:
         """All outputs as arrays in host memory."""
+
+    def steps(self, cache: contract.Cache, slots: int, max_length: int) -> Steps[T]:
+        """An empty cache of so many slots, each for at most `max_length` tokens. Raises `MemoryError`."""
 
 
 class MultiAdapterModel:
@@ -356,12 +359,12 @@ class MultiAdapterModel:
             ) from error
         return ContinuousBatcher(self.bundle, steps, bank, chunk, noun=noun)
 
-    def _require_cache(self) -> tuple[OrtBackend, contract.Cache]:
+    def _require_cache(self) -> tuple[Backend[Any], contract.Cache]:
         backend, cache = self._open()[0], self.bundle.cache
-        if cache is None or not isinstance(backend, OrtBackend):
+        if cache is None:
             raise ConfigError(
                 "this bundle has no key-value cache, which generate needs; export a causal language model without "
-                "--no-cache, and run it with ONNX Runtime"
+                "--no-cache"
             )
         return backend, cache
 

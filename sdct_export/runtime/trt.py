@@ -37,7 +37,7 @@ from .buckets import MASK, Buckets, probe_inputs
 from .cuda import Cuda, DeviceMemory, DeviceTensor, Graph, HostMemory, Stream
 from .guarded import Guarded
 from .lanes import Key, Lane, Pool, Prepared, User
-from .trt_steps import TrtSteps
+from .trt_steps import Memory, TrtSteps
 
 MAX_LANES = 8  # requests on the device at a time; each lane holds the engine's activations once
 MAX_SHAPES = 8  # prepared in a lane; each has an execution context and a graph
@@ -176,37 +176,34 @@ class TrtBackend:
             return self._request(inputs, bank)
         return self.buckets.cut(self._request(self.buckets.pad(inputs), bank), inputs[MASK].shape[1])
 
-    def steps(self, cache: contract.Cache, batch: int, tokens: int) -> TrtSteps:
-        """An empty cache on the device for `batch` rows of at most `tokens`. Raises `ConfigError`, `MemoryError`."""
-        self._cuda.use()
-        return TrtSteps(self, self._manifest, cache, batch, tokens)
+    def steps(self, cache: contract.Cache, slots: int, max_length: int) -> TrtSteps:
+        """An empty cache of so many slots, each for at most `max_length` tokens.
 
-    def step(
-        self,
-        profile: int,
-        inputs: Mapping[str, Array],
-        bank: Mapping[str, DeviceTensor],
-        presents: Mapping[str, DeviceTensor],
-    ) -> dict[str, Array]:
+        Raises `ConfigError` where the engine was built for fewer, `MemoryError`.
+        """
+        self._cuda.use()
+        return TrtSteps(self, self._manifest, cache, slots, max_length)
+
+    def step(self, profile: int, inputs: Mapping[str, Array], bank: Memory, presents: Memory) -> dict[str, Array]:
         """As `run`, in an optimization profile, with the cache: pasts among `bank`, `presents` where they go."""
         self._check_sizes({n: a.shape for n, a in inputs.items()} | {n: t.shape for n, t in bank.items()}, profile)
         return self._request(inputs, bank, presents, profile)
 
-    def spread(self, source: DeviceTensor, target: DeviceTensor, narrow: int, wide: int) -> None:
-        """Copy rows of `narrow` bytes in `source` to where those of `wide` bytes begin in `target`."""
+    def move(self, source: int, pitch: int, target: int, other: int, nbytes: int, rows: int) -> None:
+        """Copy `nbytes` of each of `rows`, which are `pitch` bytes apart at the source and `other` at the target.
+
+        Requests that start later wait for it.
+        """
         self._cuda.use()
         kind = self._cuda.api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        rows = math.prod(source.shape[:2])
-        self._cuda(
-            "Memcpy2DAsync", target.pointer, wide, source.pointer, narrow, narrow, rows, kind, self._copies.handle
-        )
+        self._cuda("Memcpy2DAsync", target, other, source, pitch, nbytes, rows, kind, self._copies.handle)
         self._cuda("EventRecord", self._copied, self._copies.handle)
 
     def _request(
         self,
         inputs: Mapping[str, Array],
-        bank: Mapping[str, DeviceTensor],
-        presents: Mapping[str, DeviceTensor] | None = None,
+        bank: Memory,
+        presents: Memory | None = None,
         profile: int = 0,
     ) -> dict[str, Array]:
         """As `run`, with shapes as they are."""
@@ -289,8 +286,8 @@ class TrtBackend:
         user: User,
         key: Key,
         feeds: Mapping[str, Array],
-        bank: Mapping[str, DeviceTensor],
-        presents: Mapping[str, DeviceTensor],
+        bank: Memory,
+        presents: Memory,
     ) -> dict[str, Array]:
         while True:
             lane = self._pool.take(key, user)
@@ -317,8 +314,8 @@ class TrtBackend:
         lane: Lane,
         key: Key,
         feeds: Mapping[str, Array],
-        bank: Mapping[str, DeviceTensor],
-        presents: Mapping[str, DeviceTensor],
+        bank: Memory,
+        presents: Memory,
     ) -> dict[str, Array]:
         assert lane.stream is not None
         cuda, stream = self._cuda, lane.stream.handle
@@ -373,8 +370,8 @@ class TrtBackend:
         lane: Lane,
         key: Key,
         feeds: Mapping[str, Array],
-        bank: Mapping[str, DeviceTensor],
-        presents: Mapping[str, DeviceTensor],
+        bank: Memory,
+        presents: Memory,
     ) -> Prepared:
         """The lane's execution context for `key`: one that has these shapes and addresses, or one that gets them."""
         prepared = next((one for one in lane.prepared if one.key == key), None)
@@ -390,7 +387,7 @@ class TrtBackend:
             prepared.runs = prepared.capture_at = 0
             prepared.key = key
         lane.busy = prepared
-        prepared.bank = tuple(weakref.ref(tensor) for tensor in (*bank.values(), *presents.values()))
+        prepared.bank = tuple(weakref.ref(tensor.owner) for tensor in (*bank.values(), *presents.values()))
         prepared.used = 1 + max(one.used for one in lane.prepared)
         return prepared
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,10 +18,11 @@ from families import random_adapter
 from sdct_export import SdctAdapter, export_merged, export_multi
 from sdct_export.bundle.description import Bundle
 from sdct_export.engine.build import Profile
-from sdct_export.errors import ConfigError, SdctError
+from sdct_export.errors import ConfigError
 from sdct_export.plugin_choice import parse_version
-from sdct_export.runtime import MultiAdapterModel
+from sdct_export.runtime import MultiAdapterModel, decoding
 from sdct_export.runtime.generation import Generation
+from sdct_export.runtime.trt_steps import TrtSteps
 
 VERSIONS = ["8.5.3.1", "8.6.1", "9.3.0", "10.0.1", "10.16.0", "11.1.0"]
 ROWS: list[Any] = ["a", None, "b", {"a": 0.5, "b": -0.75}, None]
@@ -48,12 +50,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 def wanted(made: Made) -> list[Generation]:
     """What ONNX Runtime's own operator gives."""
     with MultiAdapterModel(made.ort) as model:
-        return model.generate(PROMPTS, ROWS, max_new_tokens=30, stop_tokens=[])
+        return model.generate(PROMPTS, ROWS, max_new_tokens=30, stop_tokens=[], logprobs=True)
 
 
 def same(found: Sequence[Generation], want: Sequence[Generation]) -> None:
     """Tokens equal, and their probabilities, which show more than tokens do."""
-    assert len({one.logprobs for one in found}) == len(found)
+    assert None not in {one.logprobs for one in found}
     for one, other in zip(found, want, strict=True):
         assert one.tokens == other.tokens
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
@@ -78,7 +80,7 @@ def calls(trt: Any) -> list[str]:
 def test_greedy_tokens_equal_those_of_the_ort_target(version: str, engine: Any, wanted: list[Generation]) -> None:
     """Prompts longer than a step, widths that double; in place, with a second buffer, and with one context."""
     trt, model = engine(version)
-    same(model.generate(PROMPTS, ROWS, max_new_tokens=30, stop_tokens=[]), wanted)
+    same(model.generate(PROMPTS, ROWS, max_new_tokens=30, stop_tokens=[], logprobs=True), wanted)
     profiles = 2 if parse_version(version) >= (9, 0) else 1
     assert len(trt.engine.profiles) == profiles
     assert trt.engine.ran == sorted(trt.engine.ran)  # 30 tokens in three steps, then one by one
@@ -90,68 +92,114 @@ def test_greedy_tokens_equal_those_of_the_ort_target(version: str, engine: Any, 
         assert len(calls(trt)) == 3 + 29
 
 
+@pytest.mark.parametrize("version", ["10.0.1", "10.16.0"])
+def test_rows_come_and_go(
+    version: str, engine: Any, wanted: list[Generation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three at a time: the batcher moves rows between slots, and reads prompts beside rows that make tokens."""
+    monkeypatch.setattr(decoding, "MOST_SLOTS", 3)
+    _, model = engine(version)
+    counts = [4, 9, 30, 12, 7]
+    got = model.generate(PROMPTS, ROWS, max_new_tokens=counts, stop_tokens=[], logprobs=True)
+    for one, whole, count in zip(got, wanted, counts, strict=True):
+        assert one.logprobs is not None
+        assert whole.logprobs is not None
+        assert one.tokens == whole.tokens[:count]
+        np.testing.assert_allclose(one.logprobs, whole.logprobs[:count], atol=1e-4)
+
+
 def test_a_row_does_not_depend_on_the_rows_beside_it(engine: Any) -> None:
     _, model = engine()
-    together = model.generate(PROMPTS, ROWS, max_new_tokens=12, stop_tokens=[])
+    together = model.generate(PROMPTS, ROWS, max_new_tokens=12, stop_tokens=[], logprobs=True)
     for prompt, row, one in zip(PROMPTS, ROWS, together, strict=True):
-        same(model.generate([prompt], [row], max_new_tokens=12, stop_tokens=[]), [one])
+        same(model.generate([prompt], [row], max_new_tokens=12, stop_tokens=[], logprobs=True), [one])
 
 
-@pytest.mark.parametrize("version", ["10.0.1", "10.16.0"])
-def test_each_step_equals_torch_wherever_the_padding_is(made: Made, engine: Any, version: str) -> None:
-    """The steps alone: rows that rest and go on, prompts in pieces beside a past, padding in all places."""
+@pytest.mark.parametrize("version", ["8.5.3.1", "9.3.0", "10.0.1", "10.16.0"])
+def test_steps_in_any_order_equal_torch(made: Made, engine: Any, version: str) -> None:
+    """Prompts in pieces beside rows that go on, rows that leave and are copied, every adapter, crossing all widths."""
     _, model = engine(version)
     backend, bank = model._open()
     assert made.bundle.cache is not None
-    tokens = random_rows((40, 25), seed=32)
-    want = torch_logits(made.model, tokens, [{}, {"b": 1.0}], made.adapters)
-    steps = backend.steps(made.bundle.cache, 2, 41)
-    done, mask = np.zeros(2, int), np.zeros((2, 0), np.int64)
     rng = np.random.default_rng(6)
-    with bank.lease(["b"]) as lease:
-        selection = {
-            "adapter_ids": np.array([[0], [lease.slots["b"]]], np.int32),
-            "adapter_scales": np.ones((2, 1), "f"),
-        }
-        while (done < (40, 25)).any():
-            length = int(rng.choice([1, 1, 5, 15]))
-            ids, part = np.full((2, length), 7), np.zeros((2, length), np.int64)
-            for row, have in enumerate(done):
-                count = min(int(rng.integers(0, length + 1)), len(tokens[row]) - have)
-                places = np.sort(rng.choice(length, count, replace=False))
-                ids[row, places], part[row, places] = tokens[row][have : have + count], 1
-            mask = np.concatenate([mask, part], 1)
-            logits = steps.run({"input_ids": ids, "attention_mask": mask, **selection}, lease.tensors)
-            assert logits.shape == (2, 1, want[0].shape[1])
-            done += part.sum(1)
-            for row in range(2):
-                if part[row].any():
-                    np.testing.assert_allclose(logits[row, 0], want[row][done[row] - 1], atol=1e-4, rtol=0)
-    with pytest.raises(SdctError, match=r"rows of \d+ tokens do not fit into a cache of 64"):
-        steps.run({"input_ids": np.zeros((2, 30), int), "attention_mask": np.ones((2, 30), int), **selection}, {})
+    steps: TrtSteps = backend.steps(made.bundle.cache, 5, 64)
+    names = [None, "a", "b", None, "b"]
+    held: list[Any] = [np.zeros(0, np.int64)] * 5  # tokens in each slot
+    crossed = set()
+
+    def check(slots: range, logits: Any) -> None:
+        assert logits.shape == (len(slots), 99)
+        rows = [{} if names[slot] is None else {names[slot]: 1.0} for slot in slots]
+        want = torch_logits(made.model, [held[slot] for slot in slots], rows, made.adapters)
+        for found, expected in zip(logits, want, strict=True):
+            np.testing.assert_allclose(found, expected[-1], atol=1e-4, rtol=0)
+
+    with bank.lease(["a", "b"]) as lease:
+
+        def chosen(slots: range) -> dict[str, Any]:
+            ids = [[lease.slots.get(names[slot], 0)] for slot in slots]
+            return {"adapter_ids": np.array(ids, np.int32), "adapter_scales": np.ones((len(slots), 1), np.float32)}
+
+        def prefill(slots: range, counts: list[int], past: int) -> None:
+            new = [rng.integers(0, 99, count) for count in counts]
+            for slot, tokens in zip(slots, new, strict=True):
+                held[slot] = np.concatenate([held[slot][:past], tokens])
+            check(slots, steps.prefill(slots[0], new, past, chosen(slots), lease.tensors))
+
+        def decode(rows: int) -> None:
+            slots, new = range(rows), rng.integers(0, 99, rows)
+            lengths = np.array([len(held[slot]) for slot in slots])
+            for slot in slots:
+                held[slot] = np.append(held[slot], new[slot])
+            check(slots, steps.decode(new, lengths, chosen(slots), lease.tensors))
+
+        prefill(range(3), [3, 1, 17], 0)  # longer than a step of the engine
+        for _ in range(3):
+            decode(3)  # beside slot 3, which is free
+        prefill(range(3, 4), [9], 0)
+        decode(3)  # beside slot 3, which waits for the rest of its prompt
+        prefill(range(3, 4), [14], 9)
+        decode(4)
+        steps.copy(3, 1, 20)
+        names[1], held[1] = names[3], held[3][:20]
+        decode(3)
+        prefill(range(4, 5), [1], 0)
+        for _ in range(6):
+            crossed.add(steps._width)
+            decode(5)
+        prefill(range(2, 3), [20], len(held[2]))
+        for _ in range(2):
+            crossed.add(steps._width)
+            decode(5)
+        prefill(range(5), [2, 2, 5, 4, 3], 0)
+        decode(5)
+    assert crossed == {32, 64}
 
 
-def test_memory_comes_once_and_goes_with_the_request(engine: Any) -> None:
+def test_memory_comes_once_and_goes_with_the_cache(engine: Any) -> None:
     trt, model = engine()
-    model.generate(PROMPTS, ROWS, max_new_tokens=3, stop_tokens=[])  # the lane stays
-    gc.collect()
-    before = trt.cuda.free_bytes
-    backend, _ = model._open()
-    steps = backend.steps(model.bundle.cache, 3, 40)
-    cache = model.bundle.cache
-    buffer = 3 * cache.kv_heads * 64 * cache.head_size * 4
-    assert before - trt.cuda.free_bytes == buffer * (len(cache.pasts) + 1)  # one to move columns over
-    del steps
-    gc.collect()
-    assert trt.cuda.free_bytes == before
+    for version, sets in (("10.16.0", 1), ("10.0.1", 2)):
+        trt, model = engine(version)
+        model.generate(PROMPTS, ROWS, max_new_tokens=3, stop_tokens=[])  # the lane stays
+        gc.collect()
+        before = trt.cuda.free_bytes
+        backend, _ = model._open()
+        cache = model.bundle.cache
+        steps = backend.steps(cache, 3, 40)
+        buffer = 3 * cache.kv_heads * 64 * cache.head_size * 4
+        assert before - trt.cuda.free_bytes == buffer * (sets * len(cache.pasts) + 1)  # one to move rows over
+        assert steps.nbytes == before - trt.cuda.free_bytes
+        del steps
+        gc.collect()
+        assert trt.cuda.free_bytes == before
 
 
 def test_a_second_request_replays_the_graphs_of_the_first_where_its_buffers_lie_there(engine: Any) -> None:
     trt, model = engine()
-    first = model.generate(PROMPTS, ROWS, max_new_tokens=8, stop_tokens=[])
+    first = model.generate(PROMPTS, ROWS, max_new_tokens=8, stop_tokens=[], logprobs=True)
     contexts = trt.engine.contexts
     for _ in range(3):
-        same(model.generate(PROMPTS, ROWS, max_new_tokens=8, stop_tokens=[]), first)
+        same(model.generate(PROMPTS, ROWS, max_new_tokens=8, stop_tokens=[], logprobs=True), first)
     assert trt.engine.contexts == contexts  # those of buffers that are gone are taken over
 
 
@@ -159,19 +207,26 @@ def test_merged_models_have_a_cache_on_an_engine_too(made: Made, engine: Any, tm
     bundles = {t: export_merged(made.model, made.adapters["a"], tmp_path / t, target=t) for t in ("ort", "tensorrt")}
     _, model = engine(bundle=bundles["tensorrt"])
     with MultiAdapterModel(bundles["ort"]) as other:
-        want = other.generate(PROMPTS, max_new_tokens=9, stop_tokens=[])
-    same(model.generate(PROMPTS, max_new_tokens=9, stop_tokens=[]), want)
+        want = other.generate(PROMPTS, max_new_tokens=9, stop_tokens=[], logprobs=True)
+    same(model.generate(PROMPTS, max_new_tokens=9, stop_tokens=[], logprobs=True), want)
 
 
 def test_what_the_engine_was_not_built_for_is_refused(engine: Any) -> None:
     trt, model = engine()
-    for prompts, count in (([[1]] * 7, 4), ([[1] * 60], 5)):
-        with pytest.raises(ConfigError, match=r"does not fit this engine, which takes 1 to 6 rows of up to 64"):
-            model.generate(prompts, max_new_tokens=count)
+    backend, _ = model._open()
+    for slots, length in ((7, 4), (1, 65)):
+        with pytest.raises(
+            ConfigError, match=rf"{slots} rows of up to {length} tokens do not fit .* takes 6 rows of up to 64"
+        ):
+            backend.steps(model.bundle.cache, slots, length)
     with pytest.raises(ConfigError, match="logits of a row's last token alone; use generate"):
         model.run({"input_ids": [[1, 2]], "attention_mask": [[1, 1]]})
-    trt.cuda.free_bytes = 8
+    left, trt.cuda.free_bytes = trt.cuda.free_bytes, 8
     with pytest.raises(ConfigError, match="there is no memory for the cache of 1 rows of 5 tokens"):
+        model.generate([[1]], max_new_tokens=4)
+    trt.cuda.free_bytes += left - 8
+    _, model = engine(profile=dataclasses.replace(PROFILE, batch=(2, 4, 6)))
+    with pytest.raises(ConfigError, match=r"takes batches from 2 rows on, .* build it with --batch 1:OPT:MAX"):
         model.generate([[1]], max_new_tokens=4)
 
 
@@ -180,8 +235,8 @@ def test_what_the_engine_was_not_built_for_is_refused(engine: Any) -> None:
 def test_greedy_tokens_of_every_family(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Made(name, tmp_path)
     with MultiAdapterModel(made.ort) as model:
-        want = model.generate(PROMPTS, ROWS, max_new_tokens=30, stop_tokens=[])
+        want = model.generate(PROMPTS, ROWS, max_new_tokens=30, stop_tokens=[], logprobs=True)
     for version in ("10.0.1", "10.16.0"):
         write_engine(made.bundle.path, fake_tensorrt.install(monkeypatch, version), profile=PROFILE)
         with MultiAdapterModel(made.bundle.path, backend="tensorrt") as model:
-            same(model.generate(PROMPTS, ROWS, max_new_tokens=30, stop_tokens=[]), want)
+            same(model.generate(PROMPTS, ROWS, max_new_tokens=30, stop_tokens=[], logprobs=True), want)

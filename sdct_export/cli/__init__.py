@@ -63,8 +63,8 @@ Examples:
 @click.option(
     "--target",
     type=click.Choice(["ort", "tensorrt", "standard"]),
-    help="Who computes the attention of a language model with a cache: an operator of ONNX Runtime's, TensorRT (not "
-    "yet), or ONNX's own operators, which any runtime has. [default: ort where its operator takes the model]",
+    help="Who computes the attention of a language model with a cache: an operator of ONNX Runtime's, an engine "
+    "of TensorRT, or ONNX's own operators, which any runtime has. [default: ort where its operator takes the model]",
 )
 @click.option("--no-cache", is_flag=True, help="Leave the key-value cache out of a language model.")
 @click.option(
@@ -130,8 +130,10 @@ def main(
         raise click.UsageError("--format transformers needs --merge: a checkpoint holds one set of weights")
     if format_ == "transformers" and dtype:
         raise click.UsageError("--dtype is for ONNX; a merged checkpoint keeps the types of the base")
-    if format_ != "onnx" and target:
-        raise click.UsageError("--target is for --format onnx: nothing else has a key-value cache")
+    if format_ == "transformers" and target:
+        raise click.UsageError("--target is for ONNX: a checkpoint has no key-value cache")
+    if format_ == "tensorrt" and target not in (None, "tensorrt"):
+        raise click.UsageError("an engine's key-value cache is that of --target tensorrt")
     if quantize and format_ != "onnx":
         raise click.UsageError("--quantize is for ONNX Runtime; leave --format out")
     if (block_size or accuracy_level) and not quantize:
@@ -152,7 +154,7 @@ def main(
         return
     from ..export import export_merged, export_multi
 
-    cache = False if no_cache or format_ == "tensorrt" else None  # no engine has one yet
+    cache = False if no_cache or (format_ == "tensorrt" and target is None) else None
     options: dict[str, Any] = {
         "task_type": task,
         "model_class": model_class,

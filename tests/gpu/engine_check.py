@@ -26,6 +26,7 @@ from sdct_export.engine.settings import is_strongly_typed
 from sdct_export.errors import SdctError
 from sdct_export.plugin_choice import parse_version
 from sdct_export.runtime import MultiAdapterModel
+from sdct_export.runtime.selection import in_slots, selection_inputs
 
 PLANS = {
     "base": [None, None, None],
@@ -40,6 +41,8 @@ TOLERANCE = {"float32": 2e-4, "float16": 3e-2, "bfloat16": 1e-1}
 MANY = 2000
 LOADS = 50
 PROFILE = Profile(batch=(1, 3, 32), sequence=(1, 6, 32), slots=(2, 256, 2048))
+ROWS = [{"a": 1.0}, {}, {"a": 0.5, "b": -0.5}, {"b": 1.0}, {}]  # of language models
+DECODER_PROFILE = Profile(batch=(1, 4, 8), sequence=(1, 8, 16), length=(1, 64, 64), slots=(2, 64, 256))
 checks: list[dict[str, object]] = []
 figures: dict[str, float] = {}
 
@@ -108,6 +111,64 @@ def run_case(folder: Path) -> None:
         check_beside(case, bundle, folder / "beside.engine", model, inputs)
     check_traffic(case, bundle, model, inputs, a)
     check_many(case, bundle, model, inputs, base)
+
+
+def run_decoder(folder: Path) -> None:
+    """A language model with its cache: logits of a prompt and of each token after it, mixed rows, generation."""
+    case = folder.name
+    bundle = Bundle.load(folder / "bundle")
+    start = time.perf_counter()
+    build_engine(bundle, profile=DECODER_PROFILE, timing_cache=folder.parent / "timings.bin")
+    figures[f"{case} built in s"] = time.perf_counter() - start
+    model = MultiAdapterModel(bundle, backend="tensorrt")
+    backend = model._open()[0]
+    with np.load(folder / "decoder.npz") as file:
+        expected = dict(file)
+    tokens, lengths, want = [expected[f"row.{i}"] for i in range(len(ROWS))], expected["lengths"], expected["logits"]
+    found = forced(model, tokens, lengths, ROWS)
+    worst = float(np.abs(found.astype(np.float64) - want).max() / np.abs(want).max())
+    check(f"{case} logits of every step equal ONNX Runtime", worst <= TOLERANCE[bundle.dtype], f"error {worst:.1e}")
+    base = forced(model, tokens, lengths, [{}] * len(ROWS))
+    plain = [i for i, row in enumerate(ROWS) if not row]
+    check(
+        f"{case} base rows of a mixed batch are the base's, bit for bit",
+        same({"": found}, {"": base}, np.s_[:, plain]),
+    )
+    check(
+        f"{case} the adapters change the result", all(not np.array_equal(found[:, i], base[:, i]) for i in (0, 2, 3))
+    )
+    check(f"{case} the same bits again", np.array_equal(forced(model, tokens, lengths, ROWS), found))
+    prompts = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+    options = {"max_new_tokens": expected["made"].shape[1], "stop_tokens": []}
+    rows = [row or None for row in ROWS]
+    made = np.array([one.tokens for one in model.generate(prompts, rows, **options)])
+    if bundle.dtype == "float32":
+        check(f"{case} generates ONNX Runtime's tokens", np.array_equal(made, expected["made"]))
+    alone = [model.generate([prompt], [row], **options)[0].tokens for prompt, row in zip(prompts, rows, strict=True)]
+    if bundle.dtype == "float32":  # half types round otherwise in another shape, and a near tie may fall
+        check(f"{case} rows make the same tokens alone", np.array_equal(made, np.array(alone)))
+    prepared = [one for lane in backend._pool._lanes for one in lane.prepared if one.key is not None]
+    captured = sum(one.graph is not None for one in prepared)
+    check(f"{case} steps are captured", backend._manifest.concurrent is False or captured > 0, f"{captured} graphs")
+    if hasattr(backend._engine, "get_aliased_input_tensor"):
+        pairs = zip(bundle.cache.pasts, bundle.cache.presents, strict=True)
+        aliased = [backend._engine.get_aliased_input_tensor(present) == past for past, present in pairs]
+        check(f"{case} TensorRT writes the cache where we have it", set(aliased) == {backend._manifest.in_place})
+
+
+def forced(model: MultiAdapterModel, tokens: list, lengths: np.ndarray, rows: list) -> np.ndarray:
+    """Logits `[1 + steps, rows, vocabulary]` of the prompts `tokens[i][: lengths[i]]` and each token after them."""
+    backend, bank = model._open()
+    count = len(tokens[0]) - lengths[0]
+    steps = backend.steps(model.bundle.cache, len(rows), int(lengths.max() + count))
+    with bank.lease(["a", "b"]) as lease:
+        chosen = selection_inputs([in_slots(row, lease.slots) for row in rows])
+        prompts = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+        logits = [np.array(steps.prefill(0, prompts, 0, chosen, lease.tensors))]
+        for step in range(count):
+            new = np.array([row[length + step] for row, length in zip(tokens, lengths, strict=True)])
+            logits.append(np.array(steps.decode(new, lengths + step, chosen, lease.tensors)))
+    return np.stack(logits)
 
 
 def check_shapes(case: str, bundle: Bundle, model: MultiAdapterModel, inputs: dict) -> None:
@@ -202,12 +263,13 @@ def main(folder: Path, result: Path | None = None) -> int:
     import tensorrt
 
     typed = is_strongly_typed(parse_version(tensorrt.__version__))
-    for case in sorted(path.parent for path in folder.glob("*/expected.npz")):
+    cases = [*folder.glob("*/expected.npz"), *folder.glob("*/decoder.npz")]
+    for case in sorted(path.parent for path in cases):
         if Bundle.load(case / "bundle").dtype == "bfloat16" and not typed:
             print("skip", case.name, f"needs TensorRT 10, this is {tensorrt.__version__}")
             continue
         try:
-            run_case(case)
+            (run_case if (case / "expected.npz").exists() else run_decoder)(case)
         except (SdctError, AssertionError) as error:
             traceback.print_exc()
             check(f"{case.name} runs", False, str(error))

@@ -102,6 +102,7 @@ def test_what_the_suite_names_in_this_repository_is_there(file: Path) -> None:
 @pytest.mark.parametrize("name", ["bert-float32", "vit-float32"])
 def test_the_engine_checks_hold_over_the_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """engine_check.py and its cases, with an engine that ONNX Runtime computes: only TensorRT is new on a GPU."""
+    monkeypatch.setattr(make_engine_cases, "DECODERS", ())
     monkeypatch.setattr(make_engine_cases, "FAMILIES", (name.split("-")[0],))
     monkeypatch.setattr(make_engine_cases, "DTYPES", ("float32",))
     make_engine_cases.make(tmp_path)
@@ -120,4 +121,25 @@ def test_the_engine_checks_hold_over_the_stand_in(tmp_path: Path, monkeypatch: p
     engine_check.run_case(tmp_path / name)
     engine_check.run_case(tmp_path / name.replace("float32", "merged"))
     assert len(engine_check.checks) > 12
+    assert [check for check in engine_check.checks if not check["passed"]] == []
+
+
+@pytest.mark.parametrize("version", ["10.0.1", "10.16.0"])
+def test_the_checks_of_language_models_hold_over_the_stand_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    """As above, with a key-value cache: in place, and from one buffer into another."""
+    monkeypatch.setattr(make_engine_cases, "DECODERS", ("llama",))
+    monkeypatch.setattr(make_engine_cases, "FAMILIES", ())
+    monkeypatch.setattr(make_engine_cases, "DTYPES", ("float32",))
+    make_engine_cases.make(tmp_path)
+    trt = fake_tensorrt.install(monkeypatch, version)
+    monkeypatch.setattr(
+        engine_check,
+        "build_engine",
+        lambda bundle, *, profile, **_: fake_tensorrt.write_engine(bundle.path, trt, profile=profile),
+    )
+    monkeypatch.setattr(engine_check, "checks", [])
+    engine_check.run_decoder(tmp_path / "llama-cache-float32")
+    assert len(engine_check.checks) >= 7
     assert [check for check in engine_check.checks if not check["passed"]] == []

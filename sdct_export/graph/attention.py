@@ -217,9 +217,9 @@ def _fusable(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `_standard`, with four dimensions from the first product to the last.
 
-    That is the pattern which TensorRT makes one kernel of, where it has one for the type, and else computes as it is.
-    Its parser knows ONNX's Attention from 10.14 on, but refuses soft caps, and a build fails where no kernel fits
-    (float32).
+    That is the pattern of which TensorRT makes one kernel, where it has one for type and sizes, and else computes as
+    it is. Its parser knows ONNX's Attention from 10.14 on only, refuses soft caps, and makes a layer of it that does
+    not build where no such kernel fits.
     """
     past_key, past_value = now.past(layer, key)
     key, value = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)

@@ -113,7 +113,7 @@ def export_merged(
         dtype: `float32`, `float16` or `bfloat16` (for ONNX Runtime's CUDA provider and TensorRT 10 on); `base` for the
             base's own. Default: the base's own, but float32, with a warning, for a bfloat16 base.
         cache: whether the graph has a key-value cache (see `contract`); default: for a causal language model.
-        target: who computes the attention of a graph with a cache, `ort`, `standard` or `tensorrt` (see `contract.Cache`);
+        target: who computes the attention of a graph with a cache (`contract.Cache`), `ort`, `standard` or `tensorrt`;
             default: `ort` where its operator takes the model.
         quantize: `int8` or `int4`: the linear layers, after the merge, by ONNX Runtime's quantizer; what `dtype` says
             is then the type of all else, float32 or float16. Heads stay as they are. For ONNX Runtime only.
@@ -191,7 +191,7 @@ def export_multi(
         dtype: `float32`, `float16` or `bfloat16` (for ONNX Runtime's CUDA provider and TensorRT 10 on); `base` for the
             base's own. Default: the base's own, but float32, with a warning, for a bfloat16 base.
         cache: whether the graph has a key-value cache (see `contract`); default: for a causal language model.
-        target: who computes the attention of a graph with a cache, `ort`, `standard` or `tensorrt` (see `contract.Cache`);
+        target: who computes the attention of a graph with a cache (`contract.Cache`), `ort`, `standard` or `tensorrt`;
             default: `ort` where its operator takes the model.
         quantize: `int8` or `int4`: the base's linear layers, by ONNX Runtime's quantizer; what `dtype` says is then
             the type of all else, float32 or float16. Adapters and heads stay as they are. For ONNX Runtime only.

@@ -95,7 +95,7 @@ WRONG: dict[str, tuple[tuple[str | int, ...], object, str]] = {
     "digest": (("module_digests", "float32", "block.q"), 1, "no float32 digest of module 'block.q'"),
     "unknown field": (("extra",), 1, "extra"),
     "cache": (("cache",), "ort", "damaged description"),
-    "cache target": (("cache",), CACHE | {"target": "tensorrt"}, "target must be one of ort, standard"),
+    "cache target": (("cache",), CACHE | {"target": "coreml"}, "target must be one of ort, standard"),
     "cache layers": (("cache",), CACHE | {"layers": 0}, "layers must be a positive integer"),
     "cache heads": (("cache",), CACHE | {"kv_heads": 1 << 20}, "kv_heads of a cache are at most 16384, got 1048576"),
     "cache head size": (("cache",), CACHE | {"head_size": True}, "head_size must be a positive integer"),

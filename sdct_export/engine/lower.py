@@ -276,6 +276,9 @@ def _expand(graph: onnx.GraphProto, layer_normalization: bool, mixed: bool) -> N
     }
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _expand(attribute.g, layer_normalization, mixed)
         known = node.op_type == "LayerNormalization" and layer_normalization and not any(node.output[1:])
         if known and mixed:
             known = node.output[0] in values and values[node.output[0]].elem_type != TensorProto.FLOAT

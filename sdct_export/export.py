@@ -129,7 +129,7 @@ def export_merged(
     """
     from .weights.merging import merge
 
-    settings = _quantization(quantize, block_size, accuracy_level)
+    settings = _quantization(quantize, block_size, accuracy_level, target)
     if adapter is None and isinstance(model, SdctModel):
         adapter = model.active
     named = {name: _load(a) for name, a in _named(model, [adapter]).items()}
@@ -208,7 +208,7 @@ def export_multi(
         OutputError: `output` exists, or cannot be written.
     """
     native.onnxruntime()  # writes the `.onnx_adapter` files in the end
-    settings = _quantization(quantize, block_size, accuracy_level)
+    settings = _quantization(quantize, block_size, accuracy_level, target)
     sources = _named(model, adapters)
     if not sources:
         raise ConfigError("a multi-adapter export needs at least one adapter, to know which modules to prepare")
@@ -400,7 +400,9 @@ def _check_head(label: str, path: str, module: nn.Linear, adapter: SdctAdapter, 
             )
 
 
-def _quantization(quantize: str | None, block_size: int | None, accuracy_level: int | None) -> Quantization | None:
+def _quantization(
+    quantize: str | None, block_size: int | None, accuracy_level: int | None, target: str | None
+) -> Quantization | None:
     """The settings as one, None for an export in float."""
     if quantize is None:
         if block_size is not None or accuracy_level is not None:
@@ -408,6 +410,11 @@ def _quantization(quantize: str | None, block_size: int | None, accuracy_level: 
         return None
     if quantize not in BITS:
         raise ConfigError(f"quantize must be one of {', '.join(BITS)}; got {quantize!r}")
+    if target == "tensorrt":
+        raise UnsupportedError(
+            "a quantized bundle runs in ONNX Runtime, whose operator MatMulNBits TensorRT does not have; leave target "
+            "(--target) out, or export without --quantize"
+        )
     native.onnxruntime()  # has the quantizer
     settings = Quantization(BITS[quantize])
     return dataclasses.replace(

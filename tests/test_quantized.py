@@ -312,6 +312,7 @@ def test_settings_that_cannot_work(tmp_path: Path) -> None:
         (ConfigError, "accuracy_level must be one of 1, 4, got 2", {"quantize": "int4", "accuracy_level": 2}),
         (ConfigError, "are for quantized exports", {"block_size": 32}),
         (UnsupportedError, "not bfloat16", {"quantize": "int8", "dtype": "bfloat16"}),
+        (UnsupportedError, "MatMulNBits TensorRT does not have", {"quantize": "int8", "target": "tensorrt"}),
     ]
     for kind, words, settings in refused:
         with pytest.raises(kind, match=words):

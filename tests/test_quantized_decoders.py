@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 from decoders import DECODERS, Steps, padded, random_rows, torch_logits
 from families import feeds, random_adapter
 from quantized_file import products, with_stored_weights
@@ -258,3 +259,26 @@ def test_quality_compares_models_with_the_same_cache(tmp_path: Path, monkeypatch
         assert 1e-3 < row.error < 0.1
         assert row.perplexity == pytest.approx(row.float_perplexity, rel=0.05)
         assert row.perplexity != row.float_perplexity
+
+
+def test_float16_goes_with_a_cache_too(tmp_path: Path) -> None:
+    family = DECODERS["llama"]
+    model = family.model()
+    adapters = {"a": random_adapter(family, model, 1)}
+    bundle = export_multi(model, adapters, tmp_path / "b", quantize="int8", accuracy_level=1, dtype="float16")
+    assert bundle.cache is not None
+    assert (bundle.dtype, bundle.cache.dtype, bundle.cache.target) == ("float16", "float16", "ort")
+    rows: list[dict[str, float]] = [{"a": 1.0}, {}]
+    tokens = random_rows([9, 7], seed=6)
+    stored = with_stored_weights(model, bundle.model_path, torch.float16)
+    want = torch_logits(stored, tokens, rows, adapters)
+    steps = Steps(session(bundle.model_path), bundle.cache, feeds(bundle, rows, adapters))
+    ids, mask = padded([row[:-1] for row in tokens], "left")
+    logits = steps.step(ids, mask)
+    assert logits.dtype == np.float16
+    for i, expected in enumerate(want):
+        np.testing.assert_allclose(logits[i, mask[i] != 0], expected[:-1], atol=1e-2)
+    logits = steps.step(np.array([row[-1:] for row in tokens]), np.ones((2, 1), np.int64))
+    for i, expected in enumerate(want):
+        np.testing.assert_allclose(logits[i, 0], expected[-1], atol=1e-2)
+    assert verify(bundle.path, model).ok

@@ -282,3 +282,17 @@ def test_float16_goes_with_a_cache_too(tmp_path: Path) -> None:
     for i, expected in enumerate(want):
         np.testing.assert_allclose(logits[i, 0], expected[-1], atol=1e-2)
     assert verify(bundle.path, model).ok
+
+
+def test_a_row_keeps_every_bit_beside_other_rows(exports: Callable[[str, str, str, int], Exported]) -> None:
+    made = exports("llama", "ort", "int8", 4)
+    assert made.bundle.cache is not None
+    tokens = np.stack(random_rows([7] * 4, seed=7))
+    runner = session(made.base)
+    together = Steps(runner, made.bundle.cache, {})
+    alone = [Steps(runner, made.bundle.cache, {}) for _ in tokens]
+    for part in (slice(0, 5), slice(5, 6), slice(6, 7)):
+        new = tokens[:, part]
+        logits = together.step(new, np.ones_like(new))
+        for i, steps in enumerate(alone):
+            assert steps.step(new[i : i + 1], np.ones_like(new[:1])).tobytes() == logits[i : i + 1].tobytes()

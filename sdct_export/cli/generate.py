@@ -125,7 +125,7 @@ def generate(
         ]
         for name in _OPTIONS
     }
-    options |= {"logprobs": logprobs, "max_length": max_length} | ({} if slots is None else {"slots": slots})
+    options |= {"logprobs": logprobs, "max_length": max_length, "slots": slots}
     asked = [_prompt(line, chat, system) for line in lines]
     model = MultiAdapterModel(described, device=device, max_batch=None, threads=threads)
     shown = sys.stdout is not None and sys.stdout.isatty() and len(lines) == 1 and not as_json and not logprobs

@@ -247,7 +247,7 @@ class MultiAdapterModel:
         stop: Stops | None = None,
         stop_tokens: Sequence[int] | Sequence[Sequence[int] | None] | None = None,
         logprobs: bool = False,
-        slots: int = decoding.MOST_SLOTS,
+        slots: int | None = None,
         max_length: int | None = None,
     ) -> list[Generation]:
         """Go on from each prompt until each has ended; rows run side by side, some wait where they are many.
@@ -270,7 +270,7 @@ class MultiAdapterModel:
             stop: a text, or texts, that end a row where they begin; or such for each row.
             stop_tokens: ids that end a row; default: the end-of-sequence tokens of the base.
             logprobs: whether to say how probable the tokens were.
-            slots: most rows that run side by side.
+            slots: most rows that run side by side; default 32.
             max_length: most tokens of a row, prompt and new ones; None for what the longest one asks for.
 
         Raises:
@@ -293,7 +293,7 @@ class MultiAdapterModel:
         adapters: Selection | Sequence[Selection] = None,
         *,
         logprobs: bool = False,
-        slots: int = decoding.MOST_SLOTS,
+        slots: int | None = None,
         max_length: int | None = None,
         **options: Any,
     ) -> Iterator[Event]:
@@ -335,11 +335,12 @@ class MultiAdapterModel:
         prompts: Sequence[Prompt],
         adapters: Selection | Sequence[Selection],
         options: Mapping[str, Any],
-        slots: int,
+        slots: int | None,
         max_length: int | None,
     ) -> tuple[ContinuousBatcher, list[decoding.Row]]:
         _, bank = self._open()
         self._require_cache()
+        slots = decoding.MOST_SLOTS if slots is None else slots
         _check_positive("slots", slots)
         rows = decoding.read_rows(self.bundle, prompts, adapters, options, max_length)
         self._check_batch(len(rows))

@@ -78,6 +78,8 @@ def read_rows(
     if max_length is not None:
         check_count(max_length, "max_length")
         most = min(max_length, most or max_length)
+    known = [length for length in (most, defaults.trained) if length is not None]
+    room = min(known, default=None)  # for what nobody asks for
     strings = check_stop_strings(options["stop"], batch)
     stops = _each_stops(options["stop_tokens"], batch)
     seeds = _each_seed(options["seed"], batch)
@@ -87,7 +89,7 @@ def read_rows(
         given = {name: values[i] for name, values in sampling.items()}
         ends, texts, count = stops[i], strings[i], counts[i]
         if count is None:
-            count = defaults.most_new(len(prompt), most)
+            count = defaults.most_new(len(prompt), room)
         check_count(count)
         rows.append(
             Row(

@@ -214,6 +214,8 @@ def test_a_prompt_beyond_what_the_model_was_made_for(bundle: Path) -> None:
         "(max_position_embeddings): what it says beyond that may be nonsense\n"
     )
     assert invoke(bundle, "w5 " * 92, "--max-new-tokens", 3, "--json").stderr == ""
+    by_default = invoke(bundle, "w5 " * 90, "--json")  # as many as there is room for
+    assert (by_default.stderr, len(json.loads(by_default.stdout)["rows"][0]["tokens"])) == ("", 5)
 
 
 def test_text_of_a_model_cannot_control_the_terminal() -> None:

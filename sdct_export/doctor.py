@@ -43,7 +43,7 @@ def examine() -> list[Finding]:
         Finding("sdct_export", "ok", __version__),
         *(
             _package(name, f"needed: pip install {name}")
-            for name in ("numpy", "safetensors", "ml_dtypes", "tokenizers")
+            for name in ("numpy", "safetensors", "ml_dtypes", "tokenizers", "jinja2")
         ),
         _guarded(
             "onnxruntime",

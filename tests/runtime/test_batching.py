@@ -512,8 +512,8 @@ def test_a_stream_gives_the_tokens_of_generate_one_by_one(model: MultiAdapterMod
     begun.close()
     with pytest.raises(ConfigError, match="temperature must be a number"):
         model.stream(prompts, temperature=-1)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'slots'"):
-        model.stream(prompts, slots=3)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'slot'"):
+        model.stream(prompts, slot=3)
 
 
 def test_options_of_each_row(model: MultiAdapterModel) -> None:
@@ -541,3 +541,4 @@ def test_more_prompts_than_run_side_by_side(model: MultiAdapterModel, monkeypatc
     want = model.generate(prompts, rows, max_new_tokens=6, stop_tokens=[])
     monkeypatch.setattr(decoding, "MOST_SLOTS", 2)
     assert model.generate(prompts, rows, max_new_tokens=6, stop_tokens=[]) == want
+    assert model.generate(prompts, rows, max_new_tokens=6, stop_tokens=[], slots=3) == want

@@ -199,6 +199,12 @@ class TrtBackend:
         self._cuda("Memcpy2DAsync", target, other, source, pitch, nbytes, rows, kind, self._copies.handle)
         self._cuda("EventRecord", self._copied, self._copies.handle)
 
+    def clear(self, target: int, nbytes: int) -> None:
+        """Set so many bytes to zero. Requests that start later wait for it."""
+        self._cuda.use()
+        self._cuda("MemsetAsync", target, 0, nbytes, self._copies.handle)
+        self._cuda("EventRecord", self._copied, self._copies.handle)
+
     def _request(
         self,
         inputs: Mapping[str, Array],

@@ -7,6 +7,9 @@ tokens, and runs as a captured graph. The memory is that of the full width from 
 apart in it, and allocates nothing. So that few numbers of rows stand for all, a decode step is filled up to a power
 of two with rows of other slots: they write into the last column, which is free.
 
+Columns that no token sees are multiplied by 0, and 0 times what is no number is none. So they hold zeros, or what was
+a token of that very slot: a slot that begins anew is cleared, for its last row may have ended in NaN.
+
 TensorRT 10.15 and newer leave presents in the memory of the pasts. Before, there are two sets of buffers; a step reads
 a slot in one set and leaves it in the other.
 """
@@ -38,6 +41,9 @@ class Engine(Protocol):
 
     def move(self, source: int, pitch: int, target: int, other: int, nbytes: int, rows: int) -> None:
         """Copy `nbytes` of each of `rows`, which are `pitch` bytes apart at the source and `other` at the target."""
+
+    def clear(self, target: int, nbytes: int) -> None:
+        """Set so many bytes to zero."""
 
     def step(self, profile: int, inputs: Mapping[str, Array], bank: Memory, presents: Memory) -> dict[str, Array]:
         """The outputs that are no presents."""
@@ -72,7 +78,6 @@ class TrtSteps:
         dtype = DTYPE_NAMES[cache.dtype]
         self._column = cache.head_size * dtype.itemsize
         shape = (slots, cache.kv_heads, self._most, cache.head_size)
-        # of zeros, since columns that no token sees are multiplied by 0, and garbage may be no number
         sets = 1 if manifest.in_place else 2
         self._sets = [[engine.zeros(shape, dtype) for _ in cache.pasts] for _ in range(sets)]
         self._spare = engine.zeros(shape, dtype)
@@ -85,6 +90,8 @@ class TrtSteps:
         self, first: int, rows: Sequence[Array], past: int, chosen: Mapping[str, Array], bank: Memory
     ) -> Array:
         """See `Steps`."""
+        if not past:
+            self._clear(first, len(rows))
         counts = np.array([len(row) for row in rows])
         ids = np.zeros((len(rows), counts.max()), np.int64)
         for own, row in zip(ids, rows, strict=True):
@@ -120,6 +127,7 @@ class TrtSteps:
     def copy(self, source: int, target: int, length: int) -> None:
         """See `Steps`."""
         home = self._home[target] = self._home[source]
+        self._clear(target, 1)
         pitch = self._width * self._column
         for tensor in self._sets[home]:
             start, end = (self._part(tensor, slot, 1).pointer for slot in (source, target))
@@ -148,6 +156,13 @@ class TrtSteps:
         logits = self._engine.step(profile, feeds, {**bank, **pasts}, presents)["logits"]
         self._home[first : first + rows] = there
         return logits[:, 0]
+
+    def _clear(self, first: int, rows: int) -> None:
+        """Forget what these slots hold."""
+        for slot in range(first, first + rows):
+            for tensor in self._sets[self._home[slot]]:
+                part = self._part(tensor, slot, 1)
+                self._engine.clear(part.pointer, self._cache.kv_heads * self._width * self._column)
 
     def _part(self, tensor: DeviceTensor, first: int, rows: int) -> DevicePart:
         """Some slots of a buffer, at the present width."""
@@ -180,5 +195,6 @@ class TrtSteps:
         for which in np.unique(self._home):
             for tensor in self._sets[which]:  # over the spare one, since the places overlap
                 self._engine.move(tensor.pointer, narrow, self._spare.pointer, narrow, narrow, rows)
+                self._engine.clear(tensor.pointer, rows * wide)
                 self._engine.move(self._spare.pointer, narrow, tensor.pointer, wide, narrow, rows)
         self._width = width

@@ -176,6 +176,39 @@ def test_steps_in_any_order_equal_torch(made: Made, engine: Any, version: str) -
     assert crossed == {32, 64}
 
 
+@pytest.mark.parametrize("version", ["10.0.1", "10.16.0"])
+def test_a_row_that_ends_in_nan_leaves_nothing_behind(made: Made, engine: Any, version: str) -> None:
+    """Nor where its columns were before the buffers became wider, nor in a slot that it is copied over."""
+    _, model = engine(version)
+    backend, bank = model._open()
+    steps: TrtSteps = backend.steps(made.bundle.cache, 3, 64)
+    bad, good, more = random_rows((30, 4, 40), seed=9)
+
+    def check(logits: Any, tokens: Any) -> None:
+        (want,) = torch_logits(made.model, [tokens], [{}], made.adapters)
+        np.testing.assert_allclose(logits, want[-1], atol=1e-4, rtol=0)
+
+    with bank.lease(["a"]) as lease:
+
+        def chosen(*scales: float) -> dict[str, Any]:
+            ids = np.full((len(scales), 1), lease.slots["a"], np.int32)
+            return {"adapter_ids": ids, "adapter_scales": np.array(scales, np.float32)[:, None]}
+
+        for slot in (0, 1, 2):
+            assert np.isnan(steps.prefill(slot, [bad], 0, chosen(3e38), lease.tensors)).all()
+        check(steps.prefill(0, [good], 0, chosen(0), lease.tensors)[0], good)
+        steps.copy(0, 2, 4)
+        check(steps.prefill(2, [more[:3]], 4, chosen(0), lease.tensors)[0], np.concatenate([good, more[:3]]))
+        logits = steps.decode(np.array([5, 6, 7]), np.array([4, 30, 7]), chosen(0, 3e38, 0), lease.tensors)
+        check(logits[0], np.append(good, 5))
+        check(logits[2], np.concatenate([good, more[:3], [7]]))
+        check(steps.prefill(2, [more], 0, chosen(0), lease.tensors)[0], more)  # wider
+        logits = steps.decode(np.array([8, 6, 7]), np.array([5, 31, 40]), chosen(0, 3e38, 0), lease.tensors)
+        check(logits[0], np.append(good, [5, 8]))
+        check(logits[2], np.append(more, 7))
+        assert np.isnan(logits[1]).all()
+
+
 def test_memory_comes_once_and_goes_with_the_cache(engine: Any) -> None:
     trt, model = engine()
     for version, sets in (("10.16.0", 1), ("10.0.1", 2)):

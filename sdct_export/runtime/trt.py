@@ -389,7 +389,8 @@ class TrtBackend:
             self._set_shapes(execution, shapes)
             prepared.outputs = {n: tuple(execution.get_tensor_shape(n)) for n in lane.outputs}
             for name, memory in (lane.inputs | lane.outputs | dict(bank) | dict(presents)).items():
-                execution.set_tensor_address(name, memory.pointer)
+                if not execution.set_tensor_address(name, memory.pointer):
+                    raise SdctError(f"TensorRT refused the address of {name!r}: {self._log.reason()}")
             prepared.runs = prepared.capture_at = 0
             prepared.key = key
         lane.busy = prepared

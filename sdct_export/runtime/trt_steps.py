@@ -16,6 +16,7 @@ a slot in one set and leaves it in the other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ from .buckets import bucket
 from .cuda import DevicePart, DeviceTensor
 
 _NARROWEST = 32  # columns
+_ALIGNMENT = 256  # bytes, of the address of an input or output
 
 Memory = Mapping[str, DeviceTensor | DevicePart]
 
@@ -73,10 +75,17 @@ class TrtSteps:
         self.max_length = max_length
         self._engine, self._cache = engine, cache
         self._chunk, self._decode = manifest.shapes[INPUT_IDS][2][1], 1 if manifest.decode else 0
-        self._least = max(_NARROWEST, least[2])
-        self._most = min(self._power(max_length), most[2])
         dtype = DTYPE_NAMES[cache.dtype]
         self._column = cache.head_size * dtype.itemsize
+        # widths at which every slot begins at an address that TensorRT takes
+        unit = _ALIGNMENT // math.gcd(_ALIGNMENT, cache.kv_heads * self._column)
+        self._least = max(_NARROWEST, 1 << (max(least[2], unit) - 1).bit_length())
+        self._most = min(self._power(max_length), most[2] // unit * unit)
+        if self._most < max_length:
+            raise ConfigError(
+                f"rows of {max_length} tokens need a width that is a multiple of {unit} here, and this engine takes "
+                f"up to {most[2]}; build it for more (--length)"
+            )
         shape = (slots, cache.kv_heads, self._most, cache.head_size)
         sets = 1 if manifest.in_place else 2
         self._sets = [[engine.zeros(shape, dtype) for _ in cache.pasts] for _ in range(sets)]

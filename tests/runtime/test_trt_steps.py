@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from families import random_adapter
 
 from sdct_export import SdctAdapter, export_merged, export_multi
 from sdct_export.bundle.description import Bundle
-from sdct_export.engine.build import Profile
+from sdct_export.contract import Cache
+from sdct_export.engine.build import EngineManifest, Profile
 from sdct_export.errors import ConfigError
 from sdct_export.plugin_choice import parse_version
 from sdct_export.runtime import MultiAdapterModel, decoding
+from sdct_export.runtime.cuda import DevicePart
 from sdct_export.runtime.generation import Generation
 from sdct_export.runtime.trt_steps import TrtSteps
 
@@ -207,6 +210,53 @@ def test_a_row_that_ends_in_nan_leaves_nothing_behind(made: Made, engine: Any, v
         check(logits[0], np.append(good, [5, 8]))
         check(logits[2], np.append(more, 7))
         assert np.isnan(logits[1]).all()
+
+
+class Addresses:
+    """An engine that only notes where pasts and presents lie."""
+
+    def __init__(self) -> None:
+        self.parts: list[DevicePart] = []
+
+    def zeros(self, shape: Any, dtype: Any) -> Any:
+        return types.SimpleNamespace(shape=shape, pointer=1 << 20, nbytes=int(np.prod(shape)) * dtype.itemsize)
+
+    def step(self, profile: int, inputs: Any, bank: Any, presents: Any) -> Any:
+        self.parts += [*bank.values(), *presents.values()]
+        return {"logits": np.zeros((len(inputs["input_ids"]), 1, 9))}
+
+    def move(self, *_: int) -> None:
+        """Nothing to move."""
+
+    clear = move
+
+
+@pytest.mark.parametrize(
+    ("head_size", "length", "most", "widths"),
+    [
+        (8, 90, 100, {32, 64, 96}),
+        (64, 70, 70, {32, 64, 70}),
+        (5, 200, 300, {128, 256}),
+        (5, 40, 64, 128),
+        (8, 97, 97, 16),
+    ],
+)
+def test_slots_begin_where_tensorrt_takes_them(head_size: int, length: int, most: int, widths: Any) -> None:
+    """Addresses of inputs are multiples of 256 bytes, whatever the sizes."""
+    cache = Cache("tensorrt", 1, 1, head_size, "float16")
+    shapes: Any = dict.fromkeys(cache.pasts, ((1, 1, 1, head_size), (2, 1, 8, head_size), (4, 1, most, head_size)))
+    shapes["input_ids"] = ((1, 1), (2, 2), (4, 8))
+    manifest, engine = EngineManifest("", "", "", "none", True, shapes, shapes, True), Addresses()
+    if isinstance(widths, int):
+        with pytest.raises(ConfigError, match=f"need a width that is a multiple of {widths} here"):
+            TrtSteps(engine, manifest, cache, 4, length)
+        return
+    steps = TrtSteps(engine, manifest, cache, 4, length)
+    for count in (3, 40, length):
+        for slot in range(4):
+            steps.prefill(slot, [np.zeros(count, np.int64)], 0, {}, {})
+    assert {part.shape[2] for part in engine.parts} == widths
+    assert [part for part in engine.parts if part.pointer % 256] == []
 
 
 def test_memory_comes_once_and_goes_with_the_cache(engine: Any) -> None:

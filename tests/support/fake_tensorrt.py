@@ -34,7 +34,20 @@ from sdct_export.plugin_choice import parse_version
 
 ENGINE = b"engine of "  # followed by the path of the ONNX file that says what it computes
 IN_PLACE, APART = "in_place.engine.onnx", "apart.engine.onnx"  # where the graph of a cached bundle's engine lies
+ALIGNMENT = 256  # of addresses that an execution context takes
 ACTIVATIONS = 4096  # bytes an execution context needs
+
+
+class Block:
+    """Device memory, which begins where CUDA lets it; not of zeros: nobody may rely on that."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._raw = (ctypes.c_char * (nbytes + ALIGNMENT))(*(b"\xa5" * min(nbytes, 64 + ALIGNMENT)))
+        self._nbytes = nbytes
+        self.address = -(-ctypes.addressof(self._raw) // ALIGNMENT) * ALIGNMENT
+
+    def __len__(self) -> int:
+        return self._nbytes
 
 
 class Cuda(types.ModuleType):
@@ -108,9 +121,9 @@ class Cuda(types.ModuleType):
             return self.cudaError_t.cudaErrorMemoryAllocation, None
         self.calls.append("malloc")
         self.free_bytes -= nbytes
-        buffer = (ctypes.c_char * nbytes)(*(b"\xa5" * min(nbytes, 64)))  # not zero: nobody may rely on that
-        self.memory[ctypes.addressof(buffer)] = buffer
-        return self.cudaError_t.cudaSuccess, ctypes.addressof(buffer)
+        block = Block(nbytes)
+        self.memory[block.address] = block
+        return self.cudaError_t.cudaSuccess, block.address
 
     def cudaFree(self, pointer: int) -> tuple[Any, ...]:
         self.calls.append("free")
@@ -287,6 +300,7 @@ class Context:
         return tuple(free.get(d, d) for d in self._engine.outputs[name].shape)
 
     def set_tensor_address(self, name: str, pointer: int) -> bool:
+        assert pointer % ALIGNMENT == 0, f"the address of {name} is not aligned"
         self._addresses[name] = pointer
         self._changes += 1
         return True

@@ -1,5 +1,6 @@
 from .adapter import SdctAdapter as SdctAdapter
 from .adapter import SdctConfig as SdctConfig
+from .adoption import export_onnx as export_onnx
 from .errors import SdctError as SdctError
 from .export import export_merged as export_merged
 from .export import export_multi as export_multi

@@ -111,6 +111,9 @@ class Cache:
     present. With target `standard` it is made of ONNX's own operators, and a token keeps its column. `tensorrt` is the
     same to whoever runs the graph; the values `KEPT` and those of `seen` have names in it, so that `engine.lower` can
     put others in their place. `windows` are the lengths of sliding windows in some of the layers.
+
+    A graph that another tool made is `foreign`: it has no `last_logits`, and with target `ort` wants the padding of
+    the first step on the right. It may count positions itself, and then has no `position_ids`.
     """
 
     target: str
@@ -119,6 +122,8 @@ class Cache:
     head_size: int
     dtype: str
     windows: tuple[int, ...] = ()
+    foreign: bool = False
+    position_ids: bool = True
 
     @property
     def pasts(self) -> tuple[str, ...]:
@@ -180,6 +185,26 @@ class Quantization:
     def name(self) -> str:
         """`int8` or `int4`."""
         return f"int{self.bits}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+    """That another tool made the graph, and what its weights and products do to the base's numbers.
+
+    Args:
+        producer: the tool, as the ONNX file names it.
+        rounding: as `Quantization.rounding`, of the products that round what they multiply.
+        change: as `Quantization.change`.
+    """
+
+    producer: str
+    rounding: float = 0.0
+    change: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return f"the graph of {self.producer or 'an unnamed tool'}"
 
 
 def group_name(modules: Sequence[str]) -> str:

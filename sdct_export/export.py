@@ -46,7 +46,7 @@ from .bundle.description import (
 )
 from .bundle.onnx_adapter import SUFFIX, write_onnx_adapter
 from .bundle.recording import record_probe
-from .contract import ATTENTION_MASK, BATCH, BITS, INPUT_IDS, Cache, Group, Head, Quantization
+from .contract import ATTENTION_MASK, BATCH, BITS, INPUT_IDS, Cache, Foreign, Group, Head, Quantization
 from .errors import AdapterFormatError, BaseMismatchError, ConfigError, UnsupportedError, an
 from .files import check_adapter_name, copy_inside, folder_name, new_folder
 from .graph.bfloat16 import FitBfloat16
@@ -83,6 +83,22 @@ class _Base:
     hash: str
     digests: Mapping[str, Mapping[str, str]]
     weights: Mapping[str, Mapping[str, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A base with the adapters of a multi-adapter export, each checked against it.
+
+    `sources` and `hashes` say where each of `named` was read; `heads` are saved linear layers and their shapes,
+    `capacity` the coefficients of each adapted layer's largest adapter.
+    """
+
+    base: _Base
+    sources: Mapping[str, AdapterLike]
+    hashes: Mapping[str, str | None]
+    named: Mapping[str, SdctAdapter]
+    heads: Mapping[str, tuple[int, int]]
+    capacity: Mapping[str, int]
 
 
 def export_merged(
@@ -156,7 +172,7 @@ def export_merged(
         settings = _quantize(graph, base, {"": merged}, settings)
         if merged.trained_on is not None:
             write_training(folder, merged.trained_on)
-        _write(folder, "merged", base, exported, graph, len(graph.graph.inputs), layout, (), (), {}, settings)
+        write_bundle(folder, "merged", base, exported, graph, len(graph.graph.inputs), layout, (), (), {}, settings)
         record_probe(base.model.float(), {}, folder)  # in place: the graph shared these weights
     return Bundle.load(output)
 
@@ -209,35 +225,58 @@ def export_multi(
     """
     native.onnxruntime()  # writes the `.onnx_adapter` files in the end
     settings = _quantization(quantize, block_size, accuracy_level, target)
-    sources = _named(model, adapters)
-    if not sources:
-        raise ConfigError("a multi-adapter export needs at least one adapter, to know which modules to prepare")
-    hashes = {name: _hash(source) for name, source in sources.items()}
-    named = {check_adapter_name(name): _load(adapter) for name, adapter in sources.items()}
-    base = _prepare(model, named, task_type, model_class)
-    heads = _heads(base.model, named)
-    capacity = {m: max(a.modules[m].n for a in named.values() if m in a.modules) for m in base.shapes}
+    prepared = prepare_multi(model, adapters, task_type, model_class)
+    base, named = prepared.base, prepared.named
     exported = _export_dtype(base, dtype, settings)
     cached = _is_cached(base, cache, target)
     _complete(base, exported)
     with new_folder(output) as folder:
         graph, layout = _trace(base, exported, cached, target)
         own_inputs = len(graph.graph.inputs)
-        insertion = InsertAdapters(base.shapes, capacity, heads)
+        insertion = InsertAdapters(base.shapes, prepared.capacity, prepared.heads)
         insertion(graph)
         settings = _quantize(graph, base, named, settings)
-        label_head = _label_head(base.model, named)
-        records = {name: _ship(folder, name, sources[name], hashes[name], a, label_head) for name, a in named.items()}
-        _write(
-            folder, "multi", base, exported, graph, own_inputs, layout, insertion.groups, insertion.heads, records,
-            settings,
+        write_bundle(
+            folder, "multi", base, exported, graph, own_inputs, layout, insertion.groups, insertion.heads,
+            ship_adapters(folder, prepared), settings,
         )  # fmt: skip
         record_probe(base.model.float(), named, folder)  # in place: the graph shared these weights
-        described = Bundle.load(folder)
-        for name, adapter in named.items():
-            file = folder / ADAPTERS_FOLDER / f"{name}{SUFFIX}"
-            write_onnx_adapter(described, adapter, file, label=f"adapter {name!r}")
+        write_onnx_adapters(folder, named)
     return Bundle.load(output)
+
+
+def prepare_multi(
+    model: str | Path | nn.Module,
+    adapters: Mapping[str, AdapterLike] | Sequence[AdapterLike] | None,
+    task_type: str | None,
+    model_class: str | None,
+) -> Prepared:
+    """Load base and adapters for a multi-adapter export; arguments and errors are those of `export_multi`."""
+    sources = _named(model, adapters)
+    if not sources:
+        raise ConfigError("a multi-adapter export needs at least one adapter, to know which modules to prepare")
+    hashes = {name: _hash(source) for name, source in sources.items()}
+    named = {check_adapter_name(name): _load(adapter) for name, adapter in sources.items()}
+    base = _prepare(model, named, task_type, model_class)
+    capacity = {m: max(a.modules[m].n for a in named.values() if m in a.modules) for m in base.shapes}
+    return Prepared(base, sources, hashes, named, _heads(base.model, named), capacity)
+
+
+def ship_adapters(folder: Path, prepared: Prepared) -> dict[str, AdapterRecord]:
+    """Put the adapters into the bundle `folder`, and give what its description says of them."""
+    head = _label_head(prepared.base.model, prepared.named)
+    return {
+        name: _ship(folder, name, prepared.sources[name], prepared.hashes[name], adapter, head)
+        for name, adapter in prepared.named.items()
+    }
+
+
+def write_onnx_adapters(folder: Path, named: Mapping[str, SdctAdapter]) -> None:
+    """Put each adapter into the bundle `folder` for ONNX Runtime's own adapter API, too."""
+    described = Bundle.load(folder)
+    for name, adapter in named.items():
+        file = folder / ADAPTERS_FOLDER / f"{name}{SUFFIX}"
+        write_onnx_adapter(described, adapter, file, label=f"adapter {name!r}")
 
 
 def _named(
@@ -506,7 +545,7 @@ def _ship(
     return AdapterRecord(sha256, _labels(adapter, head))
 
 
-def _write(
+def write_bundle(
     folder: Path,
     kind: str,
     base: _Base,
@@ -518,6 +557,7 @@ def _write(
     heads: Sequence[Head],
     adapters: Mapping[str, AdapterRecord],
     quantization: Quantization | None,
+    foreign: Foreign | None = None,
 ) -> None:
     """Write the graph with its weights beside it, the base's small files, and the description."""
     ir.save(graph, folder / MODEL_FILE, external_data=DATA_FILE)
@@ -561,6 +601,7 @@ def _write(
         pooling=() if base.tail is None else base.tail.described,
         cache=cache,
         quantization=quantization,
+        foreign=foreign,
     ).write(folder)
 
 

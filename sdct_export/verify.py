@@ -144,12 +144,12 @@ def _compared(bundle: Bundle, inputs: Mapping[str, Array], outputs: Mapping[str,
 def _measured(bundle: Bundle, name: str, error: float, what: str, rounding: float = 0.0) -> Check:
     """`error` against the limit of the bundle's type.
 
-    Recorded outputs and torch have the weights that a quantized bundle's products see. What is left between them is
-    that it rounds what it multiplies, too: how far this moves the outputs in torch was recorded at export, or is
-    `rounding` on other inputs; the limit is larger by `MARGIN` times that.
+    Recorded outputs and torch have the weights that the products of a quantized or foreign bundle see. What is left
+    between them is that it rounds what it multiplies, too: how far this moves the outputs in torch was recorded at
+    export, or is `rounding` on other inputs; the limit is larger by `MARGIN` times that.
     """
-    if bundle.quantization is not None:
-        rounding = max(rounding, bundle.quantization.rounding)
+    if bundle.loss is not None:
+        rounding = max(rounding, bundle.loss.rounding)
     limit = TOLERANCES[bundle.dtype] + MARGIN * rounding
     return Check(name, error <= limit, what, error, limit)
 
@@ -194,7 +194,7 @@ def _against_training(bundle: Bundle, runner: MultiAdapterModel) -> Iterator[Che
         inputs = {
             spec.name: record.probe.inputs[spec.name] for spec in bundle.inputs if spec.name in record.probe.inputs
         }
-        error = record.probe.difference(runner.run(inputs, None if merged else name))
+        error = bundle.comparable(record.probe).difference(runner.run(inputs, None if merged else name))
         limit = bundle.training_limit(record.probe.dtype)
         yield Check(check, error <= limit, f"against the model as trained, {record.model_class}", error, limit)
 
@@ -225,7 +225,9 @@ def _against_torch(
 
     from .base.model import to_numpy
     from .base.reference import run_rows, sample_inputs
-    from .graph.quantization import quantize_model, rounded_inputs
+    from .foreign.file import read_graph
+    from .foreign.seen import Seen, see
+    from .graph.quantization import QuantizedLayers
 
     adapters = {name: SdctAdapter.load(bundle.adapter_path(name)) for name in bundle.adapters}
     base = bundle_base(bundle, source, model_class, adapters)
@@ -235,9 +237,20 @@ def _against_torch(
     yield Check("base model", True, "weights as recorded")
     if bundle.pooling:
         yield from _below_pooling(bundle, base, source, adapters)
+    sight: Seen | QuantizedLayers | None = None
+    if bundle.foreign is not None:
+        sight = see(read_graph(bundle.model_path).graph, base)
+        missing = sight.match.missing
+        lost = [module for group in bundle.groups for module in group.modules if module in missing]
+        detail = f"{lost[0]!r} is another one: {missing[lost[0]]}" if lost else "those of the base"
+        yield Check("weights of the graph", not lost, detail)
+        if lost:
+            return
+    elif bundle.quantization is not None:
+        sight = QuantizedLayers(bundle.quantization)
     base = base.to(getattr(torch, bundle.dtype)).float()
-    if bundle.quantization is not None:
-        quantize_model(base, bundle.quantization, bundle.dtype)
+    if sight is not None:
+        sight.apply(base, bundle.dtype)
     tensors = sample_inputs(base, batch=ROWS, sequence=11, seed=2)
     inputs = {name: to_numpy(tensor) for name, tensor in tensors.items()}
     padding = label_padding(bundle)
@@ -246,11 +259,11 @@ def _against_torch(
     for rows in _plans(list(adapters)):
         got = _run(runner, inputs, rows)
         computed = run_rows(base, tensors, rows, adapters)
-        want = _compared(bundle, inputs, {name: to_numpy(tensor) for name, tensor in computed.items()})
-        if bundle.quantization is not None:
-            with rounded_inputs(base, bundle.quantization):
+        want = _compared(bundle, inputs, {name: to_numpy(computed[name]) for name in got if name in computed})
+        if sight is not None:
+            with sight.rounding(base):
                 computed = run_rows(base, tensors, rows, adapters)
-            rounded = _compared(bundle, inputs, {name: to_numpy(tensor) for name, tensor in computed.items()})
+            rounded = _compared(bundle, inputs, {name: to_numpy(computed[name]) for name in want})
             pairs = [(rounded[name], array) for name, array in want.items()]
             seen = (difference(a[i], b[i], padding=padding) for a, b in pairs for i in range(ROWS))
             rounding = max(rounding, *seen)

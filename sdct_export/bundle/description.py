@@ -23,8 +23,8 @@ from typing import Any
 
 from ..adapter.entries import DTYPE_NAMES
 from ..adapter.folder import CONFIG_FILE, TRAINED_ON_FILE, TRAINING_FILE, WEIGHTS_FILE
-from ..adapter.training import TOLERANCES
-from ..contract import MARGIN, TARGETS, Cache, Group, Head, Quantization
+from ..adapter.training import TOLERANCES, TrainingProbe
+from ..contract import MARGIN, TARGETS, Cache, Foreign, Group, Head, Quantization
 from ..errors import AdapterFormatError, ConfigError, VerificationError
 from ..files import check_adapter_name, open_input, read_json
 
@@ -73,7 +73,8 @@ class Bundle:
     model, None for a graph without one. Its inputs and outputs, `position_ids` and `last_logits` (see `contract`) come
     to those of the graph; `inputs` and `outputs` are what one call without a past takes and gives. `quantization` is
     how the linear layers of the base are quantized, None where they are not; hashes and digests are those of the float
-    base all the same.
+    base all the same. `foreign` is set where another tool made the graph, which may be quantized in its own way, and
+    of the base's outputs may give only some.
     """
 
     kind: str
@@ -99,6 +100,7 @@ class Bundle:
     pooling: tuple[str, ...] = ()
     cache: Cache | None = None
     quantization: Quantization | None = None
+    foreign: Foreign | None = None
     path: Path = dataclasses.field(default=Path(), compare=False)
 
     @classmethod
@@ -147,8 +149,21 @@ class Bundle:
 
         What two types may differ by, and for a quantized bundle `MARGIN` times what quantization changed at export.
         """
-        changed = 0.0 if self.quantization is None else MARGIN * self.quantization.change
+        changed = 0.0 if self.loss is None else MARGIN * self.loss.change
         return max(TOLERANCES[dtype], TOLERANCES[self.dtype]) + changed
+
+    @property
+    def loss(self) -> Quantization | Foreign | None:
+        """What says how much the graph's numbers change the base's outputs, None where they are the base's own."""
+        return self.foreign if self.quantization is None else self.quantization
+
+    def comparable(self, probe: TrainingProbe) -> TrainingProbe:
+        """`probe` with those of its outputs that the graph gives: another tool may have left some out."""
+        if self.foreign is None:
+            return probe
+        given = {spec.name for spec in self.outputs} & probe.outputs.keys()
+        outputs = {name: probe.outputs[name] for name in given}
+        return dataclasses.replace(probe, outputs=outputs, shapes={name: probe.shapes[name] for name in given})
 
     def check_model(self) -> None:
         """Refuse a model that is not the one described, and anything in the folder that reading would wait for.
@@ -241,6 +256,7 @@ def _parse(raw: dict[str, Any]) -> dict[str, Any]:
     fields["pooling"] = tuple(_text(step, "pooling") for step in raw.get("pooling", ()))
     fields["cache"] = None if raw.get("cache") is None else _cache(raw["cache"])
     fields["quantization"] = _quantization(raw.get("quantization"))
+    fields["foreign"] = _foreign(raw.get("foreign"))
     fields["groups"] = tuple(_group(g) for g in raw["groups"])
     fields["heads"] = tuple(
         Head(_text(h["module"], "head"), _size(h["d_out"], "d_out"), _size(h["d_in"], "d_in")) for h in raw["heads"]
@@ -257,11 +273,24 @@ def _quantization(raw: dict[str, Any] | None) -> Quantization | None:
     if raw is None:
         return None
     found = Quantization(**{**raw, "modules": tuple(_text(module, "module") for module in raw["modules"])})
+    _check_loss(found)
+    return found
+
+
+def _foreign(raw: dict[str, Any] | None) -> Foreign | None:
+    if raw is None:
+        return None
+    found = Foreign(**raw)
+    _text(found.producer, "producer")
+    _check_loss(found)
+    return found
+
+
+def _check_loss(found: Quantization | Foreign) -> None:
     for name in ("rounding", "change"):
         value = getattr(found, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise ValueError(f"quantization: {name} must be a number that is not negative, got {value!r}")
-    return found
+            raise ValueError(f"{type(found).__name__.lower()}: {name} must be a number from 0 on, got {value!r}")
 
 
 def _tensor(raw: dict[str, Any]) -> TensorSpec:
@@ -280,6 +309,8 @@ def _cache(raw: dict[str, Any]) -> Cache:
             raise ValueError(f"the {name} of a cache are at most {MAX_CACHE}, got {getattr(cache, name)}")
     if cache.target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {cache.target!r}")
+    if not isinstance(cache.foreign, bool) or not isinstance(cache.position_ids, bool):
+        raise ValueError("foreign and position_ids of a cache must be true or false")
     if cache.dtype not in DTYPE_NAMES:
         raise ValueError(f"the dtype of a cache must be one of {', '.join(DTYPE_NAMES)}, got {cache.dtype!r}")
     return cache

@@ -24,9 +24,10 @@ from ..adapter.training import gap
 from ..base.model import to_numpy
 from ..base.reference import run_adapted, run_model, run_rows, sample_inputs
 from ..base.training import probe_inputs
-from ..contract import ATTENTION_MASK, MARGIN, Quantization
+from ..contract import ATTENTION_MASK, MARGIN, Foreign, Quantization
 from ..errors import BaseMismatchError
-from ..graph.quantization import quantize_model, rounded_inputs
+from ..foreign.seen import Seen
+from ..graph.quantization import QuantizedLayers
 from .description import PROBE_FILE, Bundle
 from .probe import Case, Probe, Row, difference, label_padding, sample_indices, without_padding
 
@@ -36,15 +37,17 @@ BLUNT = 0.5  # a limit beyond which the check at load finds little: another head
 Outputs = Mapping[str, Array]
 
 
-def record_probe(model: nn.Module, named: Mapping[str, SdctAdapter], folder: Path) -> None:
+def record_probe(model: nn.Module, named: Mapping[str, SdctAdapter], folder: Path, seen: Seen | None = None) -> None:
     """Write what torch computes in float32 for base rows, each adapter, a mixed batch and a blend.
 
-    Of a quantized bundle the description gets `rounding` and `change` (see `contract.Quantization`).
+    Of a bundle that is quantized or of another tool's graph the description gets `rounding` and `change` (see
+    `contract.Quantization`).
 
     Args:
         model: what was exported, float32; a quantized bundle's changes it.
         named: the adapters of the bundle, of which the first 8 are recorded.
         folder: where graph and description were written.
+        seen: what was found in another tool's graph.
 
     Raises:
         BaseMismatchError: torch computes NaN or infinite numbers.
@@ -56,11 +59,13 @@ def record_probe(model: nn.Module, named: Mapping[str, SdctAdapter], folder: Pat
     described = Bundle.load(folder)
     given = {name: to_numpy(value) for name, value in inputs.items()}
 
+    names = {spec.name for spec in described.outputs}
+
     def computed() -> dict[str, Outputs]:
         found: dict[str, Outputs] = {}
         for case, rows in plans.items():
             outputs = run_rows(model, inputs, rows, named)
-            arrays = {name: to_numpy(value.float()) for name, value in outputs.items()}
+            arrays = {name: to_numpy(value.float()) for name, value in outputs.items() if name in names}
             found[case] = arrays if described.cache is None else without_padding(given, arrays)
         return found
 
@@ -73,13 +78,15 @@ def record_probe(model: nn.Module, named: Mapping[str, SdctAdapter], folder: Pat
                     + ("of the base model" if case == "base" else f"with adapters ({case})")
                     + "; repair the weights before exporting them"
                 )
-    settings = described.quantization
+    settings = described.loss
     if settings is not None:
         padding = label_padding(described)
         floats, trained = outputs, _on_training_inputs(model, named)
-        quantize_model(model, settings, described.dtype)
+        sight = QuantizedLayers(settings) if isinstance(settings, Quantization) else seen
+        assert sight is not None
+        sight.apply(model, described.dtype)
         outputs = computed()
-        with rounded_inputs(model, settings):
+        with sight.rounding(model):
             rounded, changed = computed(), _on_training_inputs(model, named)
         mask = given.get(ATTENTION_MASK)
         moved = [(_seen(got, mask), _seen(want, mask)) for got, want in _pairs(rounded, floats)]
@@ -91,7 +98,11 @@ def record_probe(model: nn.Module, named: Mapping[str, SdctAdapter], folder: Pat
             change=max(gap(got, want) for got, want in shown),
         )
         _warn_where_blunt(settings)
-        dataclasses.replace(described, quantization=settings).write(folder)
+        if isinstance(settings, Quantization):
+            described = dataclasses.replace(described, quantization=settings)
+        else:
+            described = dataclasses.replace(described, foreign=settings)
+        described.write(folder)
     shapes = {name: array.shape for name, array in outputs["base"].items()}
     indices = {name: sample_indices(shape) for name, shape in shapes.items()}
     cases = [
@@ -130,7 +141,7 @@ def _seen(array: Array, mask: Array | None) -> Array:
     return array if mask is None or array.ndim < 3 or array.shape[:2] != mask.shape else array[mask != 0]
 
 
-def _warn_where_blunt(settings: Quantization) -> None:
+def _warn_where_blunt(settings: Quantization | Foreign) -> None:
     if MARGIN * settings.change > BLUNT:
         warnings.warn(
             f"{settings.name} moves this model's outputs by {settings.change:.0%} of their size, so that loading an "

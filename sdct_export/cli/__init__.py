@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,9 @@ from .output import BasePath, Main, busy, importable_here, print_json, printable
 from .project import project
 from .run import run
 from .verify import verify
+
+if TYPE_CHECKING:
+    from ..bundle.description import Bundle
 
 __all__ = ["main"]
 
@@ -43,6 +46,12 @@ Examples:
     metavar="[NAME=]ADAPTER",
     multiple=True,
     help="Adapter folder; repeat it for more. NAME defaults to the folder's name.",
+)
+@click.option(
+    "--onnx",
+    metavar="MODEL.onnx",
+    type=click.Path(path_type=Path),
+    help="Put the adapters on this graph, which another tool exported from BASE, in place of one made here.",
 )
 @click.option("--output", metavar="OUT", type=click.Path(path_type=Path), help="Folder to make; must not exist.")
 @click.option("--merge", is_flag=True, help="Merge one adapter into the weights.")
@@ -95,6 +104,7 @@ def main(
     context: click.Context,
     model: Path | None,
     adapters: tuple[str, ...],
+    onnx: Path | None,
     output: Path | None,
     merge: bool,
     format_: str,
@@ -114,7 +124,7 @@ def main(
     adapters are chosen per request, per row of a batch.
     """
     if context.invoked_subcommand is not None:
-        values = (model, adapters, output, merge, dtype, target, no_cache, quantize, block_size, accuracy_level)
+        values = (model, adapters, onnx, output, merge, dtype, target, no_cache, quantize, block_size, accuracy_level)
         if any((*values, task, model_class, as_json)) or format_ != "onnx":
             raise click.UsageError(f"options of the export do not go before {context.invoked_subcommand!r}")
         return
@@ -124,6 +134,11 @@ def main(
     assert model is not None
     assert output is not None
     named = _named(adapters)
+    if onnx is not None:
+        own = {"--merge": merge, "--dtype": dtype, "--target": target, "--no-cache": no_cache, "--quantize": quantize}
+        own |= {"--block-size": block_size, "--accuracy-level": accuracy_level, "--format": format_ != "onnx"}
+        if given := [name for name, value in own.items() if value]:
+            raise click.UsageError(f"{given[0]} does not go with --onnx, whose graph stays as it is")
     if merge and len(named) > 1:
         raise click.UsageError("--merge takes one --adapter; leave --merge out for a bundle of several")
     if format_ == "transformers" and not merge:
@@ -152,6 +167,13 @@ def main(
             merge_checkpoint(model, next(iter(named.values())), output, model_class=model_class)
         _report({"output": str(output), "format": "transformers", "bytes": _size(output)}, as_json)
         return
+    if onnx is not None:
+        from ..adoption import export_onnx
+
+        with busy("exporting"), importable_here(model_class):
+            bundle = export_onnx(onnx, model, named, output, task_type=task, model_class=model_class)
+        _report(_summary(bundle, output, format_), as_json)
+        return
     from ..export import export_merged, export_multi
 
     cache = False if no_cache or (format_ == "tensorrt" and target is None) else None
@@ -175,20 +197,22 @@ def main(
 
         with busy("building"):
             build_engine(bundle, report=lambda line: click.echo(printable(line), err=True))
-    _report(
-        {
-            "output": str(output),
-            "format": format_,
-            "kind": bundle.kind,
-            "task": bundle.task,
-            "dtype": bundle.dtype,
-            "cache": bundle.cache and bundle.cache.target,
-            "quantization": None if bundle.quantization is None else bundle.quantization.name,
-            "adapters": list(bundle.adapters),
-            "bytes": _size(output),
-        },
-        as_json,
-    )
+    _report(_summary(bundle, output, format_), as_json)
+
+
+def _summary(bundle: Bundle, output: Path, format_: str) -> dict[str, object]:
+    return {
+        "output": str(output),
+        "format": format_,
+        "kind": bundle.kind,
+        "task": bundle.task,
+        "dtype": bundle.dtype,
+        "cache": bundle.cache and bundle.cache.target,
+        "quantization": None if bundle.quantization is None else bundle.quantization.name,
+        "producer": None if bundle.foreign is None else bundle.foreign.producer,
+        "adapters": list(bundle.adapters),
+        "bytes": _size(output),
+    }
 
 
 def _named(adapters: tuple[str, ...]) -> dict[str, Path]:

@@ -13,7 +13,7 @@ from .output import print_json, print_table, printable
 
 if TYPE_CHECKING:
     from ..bundle.description import Bundle, TensorSpec
-    from ..contract import Cache, Quantization
+    from ..contract import Cache, Foreign, Quantization
 
 
 @click.command(
@@ -115,6 +115,11 @@ def _quantization(found: Quantization) -> str:
     )
 
 
+def _foreign(found: Foreign) -> str:
+    changed = f"; its numbers move the outputs by {found.change:.2%} of their size" if found.change else ""
+    return f"{found.producer or 'another tool, which it does not name'}{changed}"
+
+
 def _operator(bundle: Bundle) -> dict[str, object] | None:
     """How ONNX Runtime would run the adapters of `bundle` on this machine's CPU, None for a merged bundle."""
     from ..errors import UnsupportedError
@@ -156,6 +161,7 @@ def _show_bundle(bundle: Bundle, as_json: bool) -> None:
         ("task", bundle.task),
         ("dtype", bundle.dtype),
         *([("quantization", _quantization(bundle.quantization))] if bundle.quantization else []),
+        *([("graph made by", _foreign(bundle.foreign))] if bundle.foreign else []),
         ("base", f"{bundle.base_name} ({bundle.base_architecture})"),
         ("base hash", bundle.base_hash),
         ("model sha256", bundle.model_sha256),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -39,6 +39,7 @@ class InsertAdapters(ir.passes.InPlacePass):
         shapes: adapted module -> `(d_out, d_in)`.
         capacity: adapted module -> coefficients of its largest adapter.
         heads: saved linear module -> `(d_out, d_in)`.
+        match: finds the sites of modules in a graph, in its order; default: by the scopes that torch's exporter notes.
 
     After the call `groups` and `heads` describe what was inserted, in graph order.
 
@@ -51,8 +52,10 @@ class InsertAdapters(ir.passes.InPlacePass):
         shapes: Mapping[str, tuple[int, int]],
         capacity: Mapping[str, int],
         heads: Mapping[str, tuple[int, int]],
+        match: Callable[[ir.Graph, Collection[str]], dict[str, Site]] = match_linears,
     ) -> None:
         super().__init__()
+        self._match = match
         self._shapes, self._capacity, self._head_shapes = dict(shapes), dict(capacity), dict(heads)
         self._sites: list[Site] = []
         self.groups: list[Group] = []
@@ -71,7 +74,7 @@ class InsertAdapters(ir.passes.InPlacePass):
         """Rewrite `model` in place."""
         self._check(model)
         graph = model.graph
-        sites = match_linears(graph, {*self._shapes, *self._head_shapes})
+        sites = self._match(graph, {*self._shapes, *self._head_shapes})
         self._sites = list(sites.values())
         shape = graph.inputs[0].shape
         batch = BATCH if shape is None else shape[0]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -201,13 +201,35 @@ def rounded_inputs(model: nn.Module, settings: Quantization) -> Iterator[None]:
     Each block of a row is divided by its largest element's size over 127 and rounded. Hooks see the input as it was.
     """
     layers = [find_linear(model, path) for path in settings.modules] if settings.accuracy_level == 4 else []
-    for layer in layers:
-        layer.forward = _rounding(layer, settings.block_size)
+    with rounding_layers(dict.fromkeys(layers, settings.block_size)):
+        yield
+
+
+@contextlib.contextmanager
+def rounding_layers(blocks: Mapping[nn.Module, int]) -> Iterator[None]:
+    """Inside the block each layer rounds what it multiplies, in blocks of so many numbers; see `rounded_inputs`."""
+    for layer, block_size in blocks.items():
+        layer.forward = _rounding(layer, block_size)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in blocks:
             del layer.forward
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedLayers:
+    """`quantize_model` and `rounded_inputs` of one bundle; `foreign.Seen` does the same for another tool's graph."""
+
+    settings: Quantization
+
+    def apply(self, model: nn.Module, dtype: str) -> None:
+        """See `quantize_model`."""
+        quantize_model(model, self.settings, dtype)
+
+    def rounding(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """See `rounded_inputs`."""
+        return rounded_inputs(model, self.settings)
 
 
 def _rounding(layer: nn.Module, block_size: int) -> Callable[[Tensor], Tensor]:

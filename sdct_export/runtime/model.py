@@ -10,7 +10,7 @@ import functools
 import os
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -217,6 +217,8 @@ class MultiAdapterModel:
         feeds, batch = _check_inputs(self.bundle.inputs, inputs, self.bundle.max_tokens)
         self._check_batch(batch)
         if self.bundle.cache is not None:
+            if self.bundle.cache.foreign and _pads_before_a_token(feeds[contract.ATTENTION_MASK]):
+                return _unpadded(feeds, lambda moved: self.run(moved, adapters))
             feeds |= _without_past(self.bundle.cache, feeds)
         if bank is None:
             if adapters is not None:
@@ -429,7 +431,7 @@ class MultiAdapterModel:
                 f"adapter {name!r}: this bundle does not run on what the adapter's model ran on when it was saved "
                 f"({problem}); export a bundle from the model it was trained on"
             ) from problem
-        error, limit = probe.difference(outputs), self.bundle.training_limit(probe.dtype)
+        error, limit = self.bundle.comparable(probe).difference(outputs), self.bundle.training_limit(probe.dtype)
         if not error <= limit:
             raise BaseMismatchError(
                 f"adapter {name!r} gives other outputs in this bundle than when it was trained (off by {error:.1e} of "
@@ -448,7 +450,8 @@ class MultiAdapterModel:
         outputs = {spec.name: spec for spec in self.bundle.outputs}
         if (cache := self.bundle.cache) is not None:
             token = (contract.BATCH, "sequence")
-            inputs[contract.POSITION_IDS] = TensorSpec(contract.POSITION_IDS, "int64", token)
+            if cache.position_ids:
+                inputs[contract.POSITION_IDS] = TensorSpec(contract.POSITION_IDS, "int64", token)
             part = (contract.BATCH, cache.kv_heads, "past", cache.head_size)
             inputs |= {name: TensorSpec(name, cache.dtype, part) for name in cache.pasts}
             outputs |= {name: TensorSpec(name, cache.dtype, part) for name in cache.presents}
@@ -512,7 +515,24 @@ def _without_past(cache: contract.Cache, feeds: Mapping[str, Array]) -> dict[str
     """The inputs of the first step beside the tokens and their mask: positions, and a cache without tokens."""
     places = np.maximum(np.cumsum(feeds[contract.ATTENTION_MASK] != 0, axis=1) - 1, 0)
     empty = np.zeros((len(places), cache.kv_heads, 0, cache.head_size), DTYPE_NAMES[cache.dtype])
-    return {contract.POSITION_IDS: places.astype(np.int64)} | dict.fromkeys(cache.pasts, empty)
+    positions = {contract.POSITION_IDS: places.astype(np.int64)} if cache.position_ids else {}
+    return positions | dict.fromkeys(cache.pasts, empty)
+
+
+def _pads_before_a_token(mask: Array) -> bool:
+    """Whether a row of `mask [batch, tokens]` has padding before one of its tokens."""
+    return bool((np.diff((mask != 0).astype(np.int8), axis=1) > 0).any())
+
+
+def _unpadded(feeds: Mapping[str, Array], run: Callable[[Mapping[str, Array]], dict[str, Array]]) -> dict[str, Array]:
+    """What `run` gives for the same tokens with all padding behind them, each at the place its token had."""
+    order = np.argsort(feeds[contract.ATTENTION_MASK] == 0, axis=1, kind="stable")
+    outputs = run({name: np.take_along_axis(array, order, 1) for name, array in feeds.items()})
+    back = np.argsort(order, axis=1)[:, :, None]
+    return {
+        name: np.take_along_axis(array, back, 1) if array.shape[:2] == order.shape else array
+        for name, array in outputs.items()
+    }
 
 
 def _check_inputs(

@@ -7,6 +7,7 @@ whoever uses it knows how many. A decode step computes the rows in the first slo
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -83,11 +84,23 @@ class Session:
         """Whether arrays of numpy are where it runs."""
         return self.device[0] == "cpu"
 
+    @functools.cached_property
+    def takes(self) -> frozenset[str]:
+        """Names of the graph's inputs, those with a default as well."""
+        values = (*self.session.get_inputs(), *self.session.get_overridable_initializers())
+        return frozenset(value.name for value in values)
+
+    def last(self, logits: Array, lengths: Sequence[int]) -> Array:
+        """The logits of the last token of rows of these lengths, padded on the right, however many the graph gave."""
+        if LAST_LOGITS in self.takes:
+            return logits[:, -1]
+        return logits[np.arange(len(logits)), np.array(lengths) - 1]
+
     def binding(self, chosen: Mapping[str, Array], bank: Mapping[str, Any]) -> Any:
         """A binding with the adapters, which gives logits of last tokens."""
         binding = self.session.io_binding()
-        # `bind_cpu_input` does not find an input that has a default
-        binding.bind_ortvalue_input(LAST_LOGITS, self.ort.OrtValue.ortvalue_from_numpy(np.array([True])))
+        if LAST_LOGITS in self.takes:  # `bind_cpu_input` does not find an input that has a default
+            binding.bind_ortvalue_input(LAST_LOGITS, self.ort.OrtValue.ortvalue_from_numpy(np.array([True])))
         for name, array in chosen.items():
             binding.bind_cpu_input(name, array)
         for name, tensor in bank.items():
@@ -134,11 +147,11 @@ class SharedSteps:
         binding = self._session.binding(chosen, bank)
         self._bind_cache(binding, first, len(rows))
         for name, array in prefill_inputs(rows, past).items():
-            binding.bind_cpu_input(name, array)
+            if name in self._session.takes:
+                binding.bind_cpu_input(name, array)
         binding.bind_output("logits", "cpu")
         self._session.run(binding)
-        logits: Array = binding.get_outputs()[-1].numpy()
-        return logits[:, -1]
+        return self._session.last(binding.get_outputs()[-1].numpy(), [len(row) for row in rows])
 
     def decode(self, tokens: Array, lengths: Array, chosen: Mapping[str, Array], bank: Mapping[str, Any]) -> Array:
         """See `Steps`."""
@@ -179,6 +192,8 @@ class SharedSteps:
 
     def _bind(self, binding: Any, name: str, array: Array) -> None:
         """Bind the array itself on the CPU, a copy elsewhere; `bind_cpu_input` copies everywhere."""
+        if name not in self._session.takes:  # a graph of another tool's may count positions itself
+            return
         binding.bind_ortvalue_input(name, self._session.ort.OrtValue.ortvalue_from_numpy(array))
 
     def _bind_cache(self, binding: Any, first: int, rows: int) -> None:
@@ -266,7 +281,8 @@ class GrowingSteps:
         self._bring_home()
         self._forget(first)
         pasts = [self._value(np.ascontiguousarray(h[first : first + len(rows), :, :past])) for h in self._home]
-        logits, presents = self._run(prefill_inputs(rows, past), pasts, chosen, bank)
+        found, presents = self._run(prefill_inputs(rows, past), pasts, chosen, bank)
+        logits = self._session.last(found, [len(row) for row in rows])
         for home, present in zip(self._home, presents, strict=True):
             new = self._array(present)[:, :, past:]
             home[first : first + len(rows), :, past : past + new.shape[2]] = new
@@ -282,7 +298,7 @@ class GrowingSteps:
         feeds = {INPUT_IDS: tokens[:, None], ATTENTION_MASK: mask, POSITION_IDS: lengths[:, None]}
         logits, presents = self._run(feeds, going.values, chosen, bank)
         self._going = dataclasses.replace(going, values=presents, mask=mask, added=going.added + 1)
-        return logits
+        return logits[:, -1]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """See `Steps`."""
@@ -326,7 +342,8 @@ class GrowingSteps:
     ) -> tuple[Array, list[Any]]:
         binding = self._session.binding(chosen, bank)
         for name, array in feeds.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+            if name in self._session.takes:
+                binding.bind_cpu_input(name, np.ascontiguousarray(array))
         binding.bind_output("logits", "cpu")
         presents: list[Any] = []
         half = self._cache.dtype == "bfloat16"  # which numpy does not get out of ONNX Runtime under its own name
@@ -345,7 +362,7 @@ class GrowingSteps:
                 binding.bind_output(present, *self._session.device)
         self._session.run(binding)
         logits, *made = binding.get_outputs()
-        return logits.numpy()[:, -1], presents or made
+        return logits.numpy(), presents or made
 
     def _value(self, array: Array) -> Any:
         device = () if self._session.on_cpu else self._session.device

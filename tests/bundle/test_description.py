@@ -124,7 +124,7 @@ def test_every_field_is_needed(folder: Path, tmp_path: Path) -> None:
     raw = description(folder)
     # what older versions wrote lacks these
     later = {"training_sha256", "model_class", "model_config", "max_tokens", "pooling", "weights", "cache"}
-    later.add("quantization")
+    later |= {"quantization", "foreign"}
     assert later < set(raw)
     read(tmp_path, {key: value for key, value in raw.items() if key not in later})
     for name in set(raw) - later:

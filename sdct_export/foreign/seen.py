@@ -1,0 +1,129 @@
+"""The base as a graph's products see it: its weights as they are stored there, for torch to compute with."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from ..adapter.entries import Array
+from ..base.model import find_linear, is_conv1d, linear_shape, linear_weight, to_numpy
+from ..graph.quantization import rounding_layers
+from .match import Match, match_weights, same_numbers
+from .weights import find_products, numbers_of, table
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What `see` found.
+
+    `match` has the linear layers. `tables` are embeddings that the graph holds quantized, parameter -> float32.
+    `uncompared` are the base's tensors that were found nowhere: the tool may have folded them into others.
+    """
+
+    match: Match
+    tables: Mapping[str, Array]
+    uncompared: tuple[str, ...]
+
+    def apply(self, model: nn.Module, dtype: str) -> None:
+        """Give `model` (float32) in place the weights that the graph computes with in `dtype`, exact in float32."""
+        model.to(getattr(torch, dtype)).float()
+        for module in self.match.pieces:
+            layer, seen = find_linear(model, module), self.match.seen(module)
+            if not np.array_equal(seen, to_numpy(linear_weight(layer))):
+                layer.weight = _parameter(seen.T if is_conv1d(layer) else seen)  # a tied table keeps its own
+        for name, array in self.tables.items():
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, _parameter(array))
+
+    @contextlib.contextmanager
+    def rounding(self, model: nn.Module) -> Iterator[None]:
+        """Inside the block the layers round what they multiply as their products do."""
+        blocks = {m: pieces[0].product.rounded for m, pieces in self.match.pieces.items()}
+        with rounding_layers({find_linear(model, m): block for m, block in blocks.items() if block is not None}):
+            yield
+
+
+def see(graph: ir.Graph, model: nn.Module) -> Seen:
+    """Compare all weights of `model` with those of `graph`."""
+    linear = {path: module for path, module in model.named_modules() if linear_shape(module) is not None}
+    match = match_weights(
+        find_products(graph), {path: to_numpy(linear_weight(module)) for path, module in linear.items()}
+    )
+    known = {f"{path}.weight" for path in match.pieces}
+    arrays = _Arrays(graph)
+    tables, uncompared = {}, []
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in known or not tensor.is_floating_point() or not tensor.numel():
+            continue
+        array = to_numpy(tensor)
+        if arrays.has(array):
+            continue
+        found = arrays.table(array)
+        if found is None:
+            uncompared.append(name)
+        else:
+            tables[name] = found
+    return Seen(match, tables, tuple(uncompared))
+
+
+class _Arrays:
+    """What a graph holds beside the matrices of its products."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        constants = [node.outputs[0] for node in graph if node.op_type == "Constant"]
+        values = [*graph.initializers.values(), *constants]
+        self._by_rank: dict[int, list[Array]] = {}
+        for value in values:
+            array = numbers_of(value)
+            if array is not None:
+                self._by_rank.setdefault(array.ndim, []).append(array)
+        self._tables = [found for node in graph if (found := table(node)) is not None]
+
+    def has(self, wanted: Array) -> bool:
+        """Whether the numbers of `wanted` are here: as they are, transposed, among others of one dimension, plus 1."""
+        if wanted.ndim == 1:
+            plain = wanted.astype(np.float32)
+            return any(_contains(array, own) for own in (wanted, plain + 1) for array in self._by_rank.get(1, ()))
+        turned = wanted.T if wanted.ndim == 2 else wanted
+        for array in self._by_rank.get(wanted.ndim, ()):
+            for own in (wanted, turned):
+                first = (0,) * (own.ndim - 1)
+                if own.shape == array.shape and same_numbers(own[first], array[first]) and same_numbers(own, array):
+                    return True
+        return False
+
+    def table(self, wanted: Array) -> Array | None:
+        """The quantized table of `wanted`, float32; None where there is none."""
+        for found in self._tables:
+            if found.shape == wanted.shape:
+                seen, reach = found.read(0, *found.shape)
+                assert reach is not None
+                if (np.abs(wanted.astype(np.float32) - seen) <= reach).all():
+                    return seen
+        return None
+
+
+def _contains(array: Array, wanted: Array) -> bool:
+    """Whether `wanted [n]` lies in `array [m]` in one piece."""
+    for start in np.flatnonzero(_near(array, wanted[0])):
+        part = array[start : start + len(wanted)]
+        if len(part) == len(wanted) and same_numbers(wanted, part):
+            return True
+    return False
+
+
+def _near(array: Array, first: np.generic) -> Array:
+    """Where `array` may have the number `first`, rounded to any type."""
+    wide, value = array.astype(np.float32), np.float32(first)
+    near: Array = np.abs(wide - value) <= 2**-6 * np.abs(value)
+    return near
+
+
+def _parameter(array: Array) -> nn.Parameter:
+    return nn.Parameter(torch.from_numpy(np.ascontiguousarray(array)), requires_grad=False)

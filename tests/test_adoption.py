@@ -30,6 +30,8 @@ from sdct_export.cli import main
 from sdct_export.errors import AdapterFormatError, BaseMismatchError, SdctError, UnsupportedError, VerificationError
 from sdct_export.foreign.match import match_weights
 from sdct_export.foreign.weights import find_products
+from sdct_export.graph.cache import trace_decoder
+from sdct_export.graph.function_body import Ops
 from sdct_export.graph.trace import trace
 from sdct_export.runtime import MultiAdapterModel
 from sdct_export.verify import verify
@@ -107,7 +109,11 @@ def test_mixed_rows_equal_torch_with_edited_weights(adopted: Callable[[str], Ado
 
 @pytest.mark.parametrize("case", CASES)
 def test_rows_are_continued_as_torch_does(adopted: Callable[[str], Adopted], case: str) -> None:
-    one = adopted(case)
+    check_continued(adopted(case))
+
+
+def check_continued(one: Adopted) -> None:
+    """Tokens and their probabilities in mixed rows of different lengths, against torch without a cache."""
     prompts = random_rows(LENGTHS, 6)
     for prompt, row, made in zip(prompts, ROWS, generated(one.bundle, prompts, ROWS), strict=True):
         whole = np.concatenate([prompt, made.tokens])
@@ -344,6 +350,43 @@ def test_graphs_without_a_cache_or_names(tmp_path: Path, name: str) -> None:
         assert np.abs(got - want[output])[small].max() <= 2e-5
     report = verify(bundle.path, model)
     assert report.ok, report
+
+
+@pytest.mark.parametrize("positions", [True, False])
+def test_a_graph_of_standard_operators_with_a_cache(tmp_path: Path, positions: bool) -> None:
+    model = decoder()
+    graph, _ = trace_decoder(model, "standard")
+    inner = graph.graph
+    inner.inputs.remove(next(value for value in inner.inputs if value.name == "last_logits"))
+    if not positions:  # counted from the columns, as some tools do: wrong behind the padding of a shorter row
+        given = next(value for value in inner.inputs if value.name == "position_ids")
+        inner.inputs.remove(given)
+        ops = Ops("columns")
+        ids, mask = (next(v for v in inner.inputs if v.name == n) for n in ("input_ids", "attention_mask"))
+        total, length = ops("Shape", mask, start=1, end=2), ops("Shape", ids, start=1, end=2)
+        first = ops("Squeeze", ops("Sub", total, length))
+        columns = ops("Range", first, ops("Squeeze", total), ops.const(1))
+        places = ops("Expand", ops("Unsqueeze", columns, ops.const([0])), ops("Shape", ids))
+        for user, index in list(given.uses()):
+            user.replace_input_with(index, places)
+        inner.extend(ops.nodes)
+        inner.sort()
+    path = foreign_graphs.save(unnamed(graph), tmp_path / "theirs")
+    adapters = {n: random_adapter(DECODERS["llama"], model, seed) for seed, n in enumerate(("a", "b"), 1)}
+    if not positions:
+        with pytest.raises(VerificationError, match=r"key-value cache .* rows of different lengths"):
+            export_onnx(path, model, adapters, tmp_path / "bundle")
+        return
+    one = Adopted(model, adapters, export_onnx(path, model, adapters, tmp_path / "bundle"))
+    assert one.bundle.cache is not None
+    assert (one.bundle.cache.target, one.bundle.cache.position_ids) == ("standard", True)
+    check_continued(one)
+
+
+def test_float16(tmp_path: Path) -> None:
+    one = adopt("llama", tmp_path, ("q_proj", "v_proj"), dtype="float16")
+    assert (one.bundle.dtype, one.bundle.cache and one.bundle.cache.dtype) == ("float16", "float16")
+    assert verify(one.bundle.path, one.model).ok
 
 
 def test_the_command_line(tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def save(model: onnx.ModelProto, folder: Path, *, external: bool = True) -> Path
         path,
         save_as_external_data=external,
         location="model.onnx.data",
-        size_threshold=0,
+        size_threshold=256,
         convert_attribute=False,
     )
     return path

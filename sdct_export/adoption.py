@@ -140,7 +140,9 @@ def _check_ends(graph: ir.Graph, model: nn.Module, task: str) -> Cache | None:
         for axis, extent in enumerate(shape):
             if isinstance(extent, ir.SymbolicDim) and extent.value is None:
                 shape[axis] = ir.SymbolicDim(f"{value.name}.{axis}")
-        if value.name in given and isinstance(shape[-1], ir.SymbolicDim):  # of what is computed from the base's weights
+        if value.name in given and isinstance(
+            shape[-1], ir.SymbolicDim
+        ):  # of what is computed from the base's weights
             shape[-1] = given[str(value.name)].shape[-1]
         if value.name in sample and len(shape) == 2:
             total = value.name == ATTENTION_MASK and cache is not None

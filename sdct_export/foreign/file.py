@@ -6,12 +6,14 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 
 from ..errors import AdapterFormatError, UnsupportedError
 from ..files import open_input, read_input
+from ..graph.trace import quiet
 
 _LARGEST = 2 << 30  # protobuf's own limit
 _ADVICE = "export the graph again with the tool that made it"
@@ -30,8 +32,10 @@ def read_graph(path: str | Path) -> ir.Model:
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(data)
+        _check_names(proto)
         sparse = len(proto.graph.sparse_initializer)
-        model: ir.Model = ir.from_proto(proto)
+        with quiet():
+            model: ir.Model = ir.from_proto(proto)
     except Exception as error:  # protobuf and onnx_ir raise many kinds
         raise AdapterFormatError(f"{path} is no ONNX model ({_first_line(error)}); {_ADVICE}") from error
     if sparse:
@@ -46,6 +50,17 @@ def read_graph(path: str | Path) -> ir.Model:
         else:
             _check_inline(path, tensor, len(data))
     return model
+
+
+def _check_names(message: Any) -> None:
+    """Raise `ValueError` where a text is no UTF-8, which protobuf then gives as bytes."""
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_STRING:
+            if not all(isinstance(text, str) for text in ((value,) if isinstance(value, bytes | str) else value)):
+                raise ValueError(f"a text in the field {field.name!r} is no UTF-8")
+        elif field.type == field.TYPE_MESSAGE:
+            for inner in (value,) if hasattr(value, "ListFields") else value:
+                _check_names(inner)
 
 
 def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:

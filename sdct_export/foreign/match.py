@@ -129,7 +129,7 @@ class _Finder:
                     return f"its rows lie in more than {_MOST_PIECES} pieces, in an order of the tool's own"
                 places = self._places({module: weight[start]})[module]
         rough = self._roughness(weight, pieces)
-        if rough > _COARSE:
+        if not rough <= _COARSE:
             return f"quantization changes its weight by {rough:.0%} of its size, which may be any weight"
         return tuple(pieces)
 
@@ -188,7 +188,8 @@ class _Finder:
                 shift = piece.first - piece.start
                 own = weight[start:stop].astype(np.float32)
                 seen, _ = piece.product.weight.read(start + shift, stop + shift, weight.shape[1])
-                change += float(((seen - own) ** 2).sum(dtype=np.float64))
+                with np.errstate(over="ignore"):
+                    change += float(((seen - own) ** 2).sum(dtype=np.float64))
                 size += float((own**2).sum(dtype=np.float64))
         return float((change / size) ** 0.5) if size else 0.0 if change == 0 else float("inf")
 

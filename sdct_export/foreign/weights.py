@@ -29,6 +29,7 @@ OPAQUE = frozenset({
     "MatMulIntegerToFloat", "MultiHeadAttention", "QAttention", "QGemm", "QLinearMatMul", "QMoE",
     "SparseToDenseMatMul",
 })  # fmt: skip
+_DEEP = 8  # nodes between a weight and its product; a graph of a stranger may go in circles
 _SLACK = 2e-3  # of a step: quantizers divide, multiply and round in other orders
 
 
@@ -93,8 +94,7 @@ def table(node: ir.Node) -> Weight | None:
     if (node.domain, node.op_type) != (_MICROSOFT, "GatherBlockQuantized"):
         return None
     numbers = _integers(node)
-    data, scales = _constant(node.inputs[0]), _constant(node.inputs[2])
-    zeros = _constant(node.inputs[3]) if len(node.inputs) > 3 else None
+    data, _, scales, zeros = (_constant(value) for value in [*node.inputs, None, None, None, None][:4])
     block, bits = numbers.get("block_size", 128), numbers.get("bits", 4)
     plain = numbers.get("gather_axis", 0) == 0 and numbers.get("quantize_axis", 1) in (1, -1)
     if data is None or scales is None or data.ndim != 2 or data.dtype != np.uint8 or not plain or bits not in (4, 8):
@@ -114,6 +114,8 @@ def numbers_of(value: ir.Value | None) -> Array | None:
 
 def _product(node: ir.Node) -> Product | None:
     kind = (node.domain if node.domain != "ai.onnx" else "", node.op_type)
+    if not node.outputs:
+        return None
     if kind == (_MICROSOFT, "MatMulNBits"):
         return _nbits(node)
     if kind not in (("", "MatMul"), ("", "Gemm"), (_MICROSOFT, "FusedMatMul")) or len(node.inputs) < 2:
@@ -176,14 +178,15 @@ def _dequantized(
     codes: Array, step: Array, zero: Array, ends: tuple[int, int], scale_type: str
 ) -> tuple[Array, Array]:
     """`(codes - zero) * step` and the distance within which a number is rounded to it."""
-    seen: Array = (codes - zero) * step
-    reach = np.where((codes <= ends[0]) | (codes >= ends[1]), np.float32(1), np.float32(0.5)) + np.float32(_SLACK)
     # a scale of a 16-bit type was rounded after the codes were chosen
     wide = np.float32(2**-20 if scale_type == "float32" else 2**-7 if scale_type == "bfloat16" else 2**-10)
-    return seen, reach * np.abs(step) + wide * np.abs(seen)
+    reach = np.where((codes <= ends[0]) | (codes >= ends[1]), np.float32(1), np.float32(0.5)) + np.float32(_SLACK)
+    with np.errstate(over="ignore", invalid="ignore"):  # a stranger's numbers
+        seen: Array = (codes - zero) * step
+        return seen, reach * np.abs(step) + wide * np.abs(seen)
 
 
-def _matrix(value: ir.Value) -> _Stored | None:
+def _matrix(value: ir.Value, depth: int = 0) -> _Stored | None:
     """What a constant matrix is made of, None of what is no constant matrix."""
     array = _constant(value)
     if array is not None:
@@ -192,11 +195,13 @@ def _matrix(value: ir.Value) -> _Stored | None:
     node = value.producer()
     if node is None or node.domain not in ("", "ai.onnx") or not node.inputs or node.inputs[0] is None:
         return None
+    if depth == _DEEP:
+        return None
     if node.op_type == "DequantizeLinear":
         return _dequantize(node)
     if node.op_type not in ("Transpose", "Identity", "Cast"):
         return None
-    stored = _matrix(node.inputs[0])
+    stored = _matrix(node.inputs[0], depth + 1)
     if stored is None or node.op_type == "Identity":
         return stored
     if node.op_type == "Cast":
@@ -211,12 +216,12 @@ def _matrix(value: ir.Value) -> _Stored | None:
 
 
 def _dequantize(node: ir.Node) -> _Stored | None:
-    codes, scales = _constant(node.inputs[0]), _constant(node.inputs[1])
-    zeros = _constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    inputs = [*node.inputs, None, None]
+    codes, scales, zeros = (_constant(value) for value in inputs[:3])
     if codes is None or codes.ndim != 2 or scales is None or _name(scales) not in DTYPE_NAMES:
         return None
     ends = _ends(_name(codes))
-    if ends is None or (zeros is None and len(node.inputs) > 2 and node.inputs[2] is not None):
+    if ends is None or (zeros is None and inputs[2] is not None):
         return None
     numbers = _integers(node)
     axis, length = numbers.get("axis", 1) % 2, numbers.get("block_size", 0)
@@ -298,7 +303,7 @@ def _unpacked(array: Array, bits: int) -> Array:
     return halves
 
 
-def _constant(value: ir.Value | None) -> Array | None:
+def _constant(value: ir.Value | None, depth: int = 0) -> Array | None:
     """The numbers of an initializer or a `Constant`, reshaped or not; None of anything else.
 
     Of a file the memory is mapped, not read. An initializer that is also an input may be overridden, and is none.
@@ -308,12 +313,12 @@ def _constant(value: ir.Value | None) -> Array | None:
     if value.is_initializer() and not value.is_graph_input():
         return None if value.const_value is None or not value.dtype else np.asarray(value.const_value.numpy())
     node = value.producer()
-    if node is None or node.domain not in ("", "ai.onnx"):
+    if node is None or node.domain not in ("", "ai.onnx") or depth == _DEEP:
         return None
     if node.op_type == "Constant" and "value" in node.attributes:
         return np.asarray(node.attributes["value"].as_tensor().numpy())
     if node.op_type == "Reshape" and len(node.inputs) > 1:
-        source, shape = _constant(node.inputs[0]), _constant(node.inputs[1])
+        source, shape = (_constant(inner, depth + 1) for inner in node.inputs[:2])
         if source is None or shape is None or shape.ndim != 1 or (shape < 1).any() or shape.prod() != source.size:
             return None
         return source.reshape([int(extent) for extent in shape])

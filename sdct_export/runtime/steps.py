@@ -92,9 +92,9 @@ class Session:
 
     def last(self, logits: Array, lengths: Sequence[int]) -> Array:
         """The logits of the last token of rows of these lengths, padded on the right, however many the graph gave."""
-        if LAST_LOGITS in self.takes:
-            return logits[:, -1]
-        return logits[np.arange(len(logits)), np.array(lengths) - 1]
+        last = np.array(lengths) - 1 if LAST_LOGITS not in self.takes else -1
+        found: Array = logits[np.arange(len(logits)), last]
+        return found
 
     def binding(self, chosen: Mapping[str, Array], bank: Mapping[str, Any]) -> Any:
         """A binding with the adapters, which gives logits of last tokens."""

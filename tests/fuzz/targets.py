@@ -227,6 +227,47 @@ def _read_checkpoint(path: Path) -> None:
         checkpoint.read(key)
 
 
+def _onnx_seeds() -> list[Files]:
+    import foreign_graphs
+
+    made = []
+    for external in (True, False):
+        graph = foreign_graphs.Graph()
+        weights = [layer.weight.detach().numpy() for layer in _layers()]
+        x = graph("MatMul", "x", graph.constant(weights[0].T))
+        x = foreign_graphs.nbits(graph, x, weights[1], bits=4, block=16, symmetric=False)
+        codes = np.rint(weights[2].T / np.abs(weights[2]).max() * 127).astype(np.int8)
+        scale = graph.constant(np.float32(np.abs(weights[2]).max() / 127))
+        y = graph("Gemm", x, graph("DequantizeLinear", graph.constant(codes), scale), graph.constant(np.ones(3, "f4")))
+        model = graph.model({"x": ("float32", ["n", 20])}, {"y": (y, "float32", ["n", 3])})
+        path = foreign_graphs.save(model, folder() / "onnx", external=external)
+        data = path.with_name("model.onnx.data")
+        made.append([path.read_bytes(), data.read_bytes() if external else b""])
+    return made
+
+
+@functools.cache
+def _layers() -> Any:
+    import torch
+
+    torch.manual_seed(0)
+    return torch.nn.Sequential(*(torch.nn.Linear(*sizes, bias=False) for sizes in ((20, 18), (18, 18), (18, 3))))
+
+
+def _read_onnx(path: Path) -> None:
+    from sdct_export.foreign.file import read_graph
+    from sdct_export.foreign.place import place_sites
+    from sdct_export.foreign.seen import see
+    from sdct_export.foreign.weights import opaque_operators
+
+    model = read_graph(path / "model.onnx")
+    found = see(model.graph, _layers())
+    opaque_operators(model)
+    place_sites(model.graph, found.match, found.match.pieces)
+    if found.match.missing:
+        raise SdctError("what an export says of a layer that is not there")
+
+
 @functools.cache
 def _model() -> MultiAdapterModel:
     return MultiAdapterModel(_tiny(), device="cpu", threads=1)
@@ -360,6 +401,7 @@ TARGETS = {
         _read_chat,
     ),
     "lines": Target(("prompts.jsonl",), _lines_seeds, _read_lines),
+    "onnx": Target(("model.onnx", "model.onnx.data"), _onnx_seeds, _read_onnx),
     "array": Target(("x.npy",), _array_seeds, lambda path: void(read_arrays({"x": path / "x.npy"}))),
     "manifest": Target(
         ("model.engine.json",),

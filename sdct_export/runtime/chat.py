@@ -1,7 +1,7 @@
 """Chats as texts, by the template that comes with the bundle's tokenizer. Never imports torch or transformers.
 
 A template is a stranger's program in the language of Jinja. It runs in Jinja's sandbox, as transformers runs it, with
-nothing in reach but the messages; its size, its steps and what it puts together are bounded.
+nothing in reach but the messages; its size, its steps, its time and what it puts together are bounded.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ _LARGEST_TEMPLATE = 1 << 20
 _LARGEST_JSON = 16 << 20
 _LARGEST_CHAT = 1 << 24  # characters
 _STEPS = 1 << 21  # turns of loops, calls, and kilobytes put together
+_SECONDS = 5.0  # of this thread's processor time, for steps that take long, looked at in every step
 _CALL = 8  # of them for a call, which takes so much longer than a turn
 _MOST_BITS = 1 << 12  # of an integer
 _AGAIN = "mend the file, or export the bundle again"
@@ -38,7 +40,8 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 # classes of transformers that take these from the files alone; others have some of their own
 _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
 _WIDE = re.compile(r"\d{5}|\*")  # in a format, what pads or asks for it
-_left: contextvars.ContextVar[list[int]] = contextvars.ContextVar("steps that a template may still take")
+# steps that a template may still take, and the processor time at which it must have ended
+_left: contextvars.ContextVar[list[float]] = contextvars.ContextVar("left")
 
 
 class ChatTemplate:
@@ -86,7 +89,7 @@ class ChatTemplate:
             AdapterFormatError: the template does not end within its bounds.
         """
         chat = check_messages(messages)
-        token = _left.set([_STEPS])
+        token = _left.set([_STEPS, time.thread_time() + _SECONDS])
         tokens = {name: value for name, value in self._tokens.items() if value is not None}
         given = {**tokens, "messages": chat, "tools": None, "documents": None, "add_generation_prompt": True}
         parts, size = [], 0
@@ -206,6 +209,8 @@ def _spend(steps: int = 1) -> None:
         left[0] -= steps
         if left[0] < 0:
             raise _TooMuch(f"it takes more than {_STEPS} steps")
+        if time.thread_time() > left[1]:
+            raise _TooMuch(f"it takes more than {_SECONDS:g} seconds")
 
 
 def _weigh(size: int) -> None:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers_of_texts import byte_level
 
 from sdct_export.errors import AdapterFormatError, ConfigError
+from sdct_export.runtime import chat as chat_module
 from sdct_export.runtime.chat import ChatTemplate
 from sdct_export.runtime.prompts import encode_prompts
 
@@ -193,6 +194,13 @@ ENDLESS = [
 def test_templates_without_end_are_refused(template: str, tmp_path: Path) -> None:
     saved(tmp_path, None)
     assert "mend the file, or export the bundle again" in refusing(tmp_path, template)
+
+
+def test_steps_that_take_long_are_refused_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, None)
+    monkeypatch.setattr(chat_module, "_SECONDS", 0.2)
+    slow = "{% set x = 'a' * 10000000 %}{% for i in range(99999) %}{% if x[1:] == x[:-1] %}{% endif %}{% endfor %}"
+    assert "it takes more than 0.2 seconds" in refusing(tmp_path, slow)
 
 
 @pytest.mark.parametrize(

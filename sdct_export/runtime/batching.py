@@ -9,8 +9,8 @@ a prompt that begins as one that is there, under the same adapters, is not compu
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
-import threading
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ from ..bundle.description import Bundle
 from ..errors import ConfigError, SdctError, UnsupportedError
 from .bank import Bank, Lease
 from .generation import Sampling, check_count, check_seed, check_stops, choose
-from .guarded import Latch
+from .guarded import Guarded, Latch
 from .selection import MERGED, Selection, check_row, in_slots, selection_inputs
 from .steps import Steps, cache_bytes
 from .text import TextStream
@@ -107,12 +107,12 @@ class ContinuousBatcher:
         self._bank, self._chunk, self._noun = bank, chunk, noun
         vocabulary = next(output.shape[-1] for output in bundle.outputs if output.name == "logits")
         self._vocabulary = vocabulary if isinstance(vocabulary, int) else None
-        self._lock = threading.Lock()  # of what `submit` and `cancel` change
+        self._queue = Guarded()  # of what `submit` and `cancel` change
         self._waiting: deque[_Request] = deque()
         self._live: dict[int, _Request] = {}
         self._cancelled: list[_Request] = []
         self._numbers = 0
-        self._turn = threading.Lock()  # of what `step` changes
+        self._turn = Guarded()  # of what `step` changes
         self._slots: list[_Request | None] = [None] * steps.slots  # whose columns each slot has
         self._active = 0  # the first slots, whose requests make tokens
         self._filling: int | None = None  # the slot whose request has part of its prompt
@@ -211,21 +211,11 @@ class ContinuousBatcher:
             prompt=len(tokens),
             count=len(tokens),
         )
-        with self._lock:
-            self._check_usable()
-            request.number = self._numbers
-            self._numbers += 1
-            self._live[request.number] = request
-            self._waiting.append(request)
-        return request.number
+        return self._queue.atomically(self._enqueue, request)
 
     def cancel(self, request: int) -> bool:
         """End a request: the next step says so. Whether it had not ended before."""
-        with self._lock:
-            found = self._live.get(request)
-            if found is not None:
-                self._cancelled.append(found)
-            return found is not None
+        return self._queue.atomically(self._mark, request)
 
     def step(self, chunks: int = 1) -> list[Event]:
         """At most `chunks` chunks of waiting prompts, then one token for every request that makes some.
@@ -236,36 +226,11 @@ class ContinuousBatcher:
             SdctError: the batcher is closed, or an exception cut an earlier step off. What goes wrong with a request
                 is an event.
         """
-        with self._turn:
-            self._check_usable()
-            if self._cut_off:
-                raise SdctError("a step was cut off by an exception, so its rows are lost; make another batcher")
-            self._cut_off = True
-            events: list[Event] = []
-            self._drop_cancelled(events)
-            latch = None
-            for _ in range(chunks):
-                more, latch = self._fill(events)
-                if not more:
-                    break
-            if self._active:
-                self._decode(events)
-            elif latch is not None and not events:
-                latch.wait()
-            self._cut_off = False
-            return events
+        return self._turn.atomically(self._step, chunks)
 
     def close(self) -> None:
         """Give up all requests, without events, and free the cache. Closing again does nothing."""
-        with self._turn, self._lock:
-            self._closed = True
-            for request in self._live.values():
-                if request.lease is not None:
-                    request.lease.release()
-            self._live.clear()
-            self._waiting.clear()
-            self._slots, self._active, self._filling = [], 0, None
-            self._tensors, self._steps = {}, None
+        self._turn.atomically(self._queue.atomically, self._close)
 
     def _check_usable(self) -> None:
         if os.getpid() != self._process:
@@ -273,15 +238,65 @@ class ContinuousBatcher:
         if self._closed:
             raise SdctError("this batcher is closed; make another one")
 
+    # What follows runs with the queue's lock.
+
+    def _enqueue(self, request: _Request) -> int:
+        self._check_usable()
+        request.number = self._numbers
+        self._numbers += 1
+        self._waiting.append(request)
+        self._live[request.number] = request
+        return request.number
+
+    def _mark(self, number: int) -> bool:
+        request = self._live.get(number)
+        if request is not None:
+            self._cancelled.append(request)
+        return request is not None
+
+    def _take_cancelled(self) -> list[_Request]:
+        gone = [request for request in dict.fromkeys(self._cancelled) if request.number in self._live]
+        self._cancelled.clear()
+        self._unqueue([request for request in gone if request in self._waiting])
+        return gone
+
+    def _unqueue(self, requests: Sequence[_Request]) -> None:
+        for request in requests:
+            self._waiting.remove(request)
+
+    def _close(self) -> None:
+        self._closed = True
+        for request in self._live.values():
+            if request.lease is not None:
+                request.lease.release()
+        self._live.clear()
+        self._waiting.clear()
+        self._slots, self._active, self._filling = [], 0, None
+        self._tensors, self._steps = {}, None
+
     # What follows runs within `step`.
 
+    def _step(self, chunks: int) -> list[Event]:
+        self._check_usable()
+        if self._cut_off:
+            raise SdctError("a step was cut off by an exception, so its rows are lost; make another batcher")
+        self._cut_off = True
+        events: list[Event] = []
+        self._drop_cancelled(events)
+        latch = None
+        for _ in range(chunks):
+            more, latch = self._fill(events)
+            if not more:
+                break
+        if self._active:
+            self._decode(events)
+        elif latch is not None and not events:
+            latch.wait()
+        self._cut_off = False
+        return events
+
     def _drop_cancelled(self, events: list[Event]) -> None:
-        with self._lock:
-            gone = [request for request in dict.fromkeys(self._cancelled) if request.number in self._live]
-            self._cancelled.clear()
-            waiting = [request for request in gone if request in self._waiting]
-            for request in waiting:
-                self._waiting.remove(request)
+        gone = self._queue.atomically(self._take_cancelled)
         events += [self._end(request, "cancelled") for request in gone]
         if self._filling is not None and self._slots[self._filling] in gone:
             self._filling = None
@@ -389,8 +404,7 @@ class ContinuousBatcher:
         """A request has ended: its adapters are free."""
         if request.lease is not None:
             request.lease.release()
-        with self._lock:
-            self._live.pop(request.number, None)
+        self._queue.atomically(self._live.pop, request.number, None)
         self._left += 1
         request.used = self._left
         return Event(request.number, finish=finish, error=error)
@@ -434,8 +448,7 @@ class ContinuousBatcher:
         ended: list[_Request] = []
         latch: Latch | None = None
         most = min(self.slots - self._active, self._steps.prefill_rows)
-        with self._lock:
-            candidates = [self._waiting[i] for i in range(min(len(self._waiting), self.slots))]
+        candidates = self._queue.atomically(lambda: list(itertools.islice(self._waiting, self.slots)))
         for request in candidates:
             longest = max([request.count, *(one.count for one in group)])
             if len(group) == most or (group and (len(group) + 1) * longest > self._chunk):
@@ -460,9 +473,7 @@ class ContinuousBatcher:
             group.append(request)
             if shared or request.count > self._chunk:
                 break
-        with self._lock:
-            for request in (*group, *ended):
-                self._waiting.remove(request)
+        self._queue.atomically(self._unqueue, [*group, *ended])
         return group, latch
 
     def _begin(self, request: _Request, events: list[Event]) -> Latch | None:

@@ -390,3 +390,69 @@ def work(count: int) -> dict[str, int]:
 
 def test_no_step_looks_at_all_adapters() -> None:
     assert work(40) == work(4000)
+
+
+def test_an_attempt_does_not_wait_and_keeps_its_place() -> None:
+    bank, _ = make(2, "abc")
+    running, first, second = bank.lease("a"), bank.lease("b"), bank.lease("c")
+    assert running.attempt() is None
+    assert first.attempt() is not None
+    assert second.attempt() is not None
+    assert bank.waiting == 2
+    assert bank.lease("").attempt() is None
+    running.release()
+    assert second.attempt() is not None  # it is not its turn
+    latch = first.attempt()
+    assert latch is None
+    assert held(first, "b") == ord("b")
+    bank.remove("c")
+    with pytest.raises(UnknownAdapterError, match="no adapter named 'c' is loaded"):
+        second.attempt()
+    assert bank.waiting == 0
+    first.release()
+    check_idle(bank)
+
+
+def test_the_tensors_of_the_last_lease_serve_those_before_it() -> None:
+    bank, _ = make(64, "ab")
+    old = bank.lease("ab")
+    assert old.attempt() is None
+    bank.replace("a", rows(1), 3, None)
+    bank.remove("b")
+    for name in "cdefghijkl":
+        bank.add(name, rows(ord(name)), 3, None)
+    new = bank.lease("ac")
+    assert new.attempt() is None
+    assert new.tensors["values"] is not old.tensors["values"]
+    for name in "ab":
+        assert new.tensors["values"][old.slots[name]].tolist() == [ord(name)] * 3
+    assert held(new, "a") == 1
+    old.release()
+    new.release()
+    check_idle(bank)
+
+
+def test_versions_tell_what_a_name_stood_for() -> None:
+    bank, _ = make(3, "abc")
+
+    def version(name: str) -> int:
+        with bank.lease(name) as lease:
+            return lease.versions[name]
+
+    first = version("a")
+    assert len({first, version("b"), version("c")}) == 3
+    assert version("a") == first  # it had lost its slot meanwhile
+    bank.replace("a", rows(1), 3, None)
+    second = version("a")
+    bank.remove("a")
+    bank.add("a", rows(ord("a")), 3, None)
+    assert len({first, second, version("a")}) == 3
+
+
+def test_names_are_checked_without_a_lease() -> None:
+    bank, _ = make(3, "ab")
+    bank.check("")
+    bank.check("ba")
+    with pytest.raises(UnknownAdapterError, match="no adapter named 'x' is loaded"):
+        bank.check("ax")
+    check_idle(bank)

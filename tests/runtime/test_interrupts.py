@@ -8,6 +8,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fake_tensorrt
@@ -17,8 +18,10 @@ from interrupts import INSTRUCTIONS, check_idle, in_time, interrupt, steps
 from numpy_bank import NumpyMemory, held, make, rows
 from tiny_bundle import make_adapter, make_inputs, write_bundle
 
+from sdct_export.bundle.description import TensorSpec
+from sdct_export.contract import Cache
 from sdct_export.errors import ConfigError, SdctError, UnknownAdapterError
-from sdct_export.runtime import MultiAdapterModel, bank, guarded, turns
+from sdct_export.runtime import ContinuousBatcher, MultiAdapterModel, bank, batching, guarded, turns
 from sdct_export.runtime import model as model_module
 from sdct_export.runtime.bank import Bank, _Key
 
@@ -64,6 +67,21 @@ def remove_held(bank: Bank) -> None:
         bank.remove("a")
 
 
+def attempt(bank: Bank, names: str, *, starts: bool = True) -> None:
+    """As a batcher holds a lease, which it releases when a request ends, and when it is closed itself."""
+    lease = bank.lease(names)
+    try:
+        assert (lease.attempt() is None) == starts
+        lease.release()
+    finally:
+        lease.release()
+
+
+def attempt_in_vain(bank: Bank) -> None:
+    with use_of(bank, "a"):
+        attempt(bank, "b", starts=False)
+
+
 CALLS: dict[str, tuple[int, str, Callable[[Bank, NumpyMemory], object]]] = {
     "hit": (5, "abcd", lambda b, m: use(b, "ab")),
     "base": (5, "abcd", lambda b, m: use(b, "")),
@@ -79,6 +97,9 @@ CALLS: dict[str, tuple[int, str, Callable[[Bank, NumpyMemory], object]]] = {
     "replace in a full bank": (3, "abcd", lambda b, m: b.replace("a", rows(ord("a")), 3, None)),
     "replace while held": (3, "abcd", lambda b, m: replace_held(b)),
     "remove while held": (3, "abcd", lambda b, m: remove_held(b)),
+    "attempt": (3, "abcd", lambda b, m: attempt(b, "bc")),
+    "attempt in vain": (2, "ab", lambda b, m: attempt_in_vain(b)),
+    "check": (3, "abcd", lambda b, m: b.check("dab")),
     "look": (3, "abcd", lambda b, m: b.info()),
 }
 
@@ -106,6 +127,48 @@ def test_an_exception_anywhere_in_a_call_leaves_the_bank_whole(what: str, opcode
         except BaseException as error:
             raise AssertionError(f"after an exception at step {at} of {what!r}") from error
         del raised  # kept until here: it holds all frames it went through
+
+
+class CountingSteps:
+    """A cache without a model: the next token is the last one and one more."""
+
+    slots, max_length, prefill_rows = 2, 9, 2
+
+    def prefill(self, first: int, prompts: list[Any], past: int, *_: Any) -> np.ndarray:
+        return np.eye(9)[[prompt[-1] + 1 for prompt in prompts]]
+
+    def decode(self, tokens: np.ndarray, lengths: np.ndarray, *_: Any) -> np.ndarray:
+        return np.eye(9)[tokens + 1]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        pass
+
+
+def test_an_exception_anywhere_in_a_batcher_leaves_the_bank_whole_once_it_is_closed() -> None:
+    cache = Cache("ort", 1, 1, 8, "float32")
+    bundle: Any = SimpleNamespace(cache=cache, outputs=[TensorSpec("logits", "float32", ("batch", "sequence", 9))])
+    batchers: list[ContinuousBatcher] = []
+
+    def go(bank: Bank) -> list[int]:
+        with ContinuousBatcher(bundle, CountingSteps(), bank, 3) as batcher:
+            batchers.append(batcher)
+            for prompt, name, count in (([3, 1], "a", 1), ([4, 0, 0, 3], "b", 3), ([5], None, 2), ([2], "a", 3)):
+                batcher.submit(prompt, name, max_new_tokens=count)
+            batcher.cancel(3)
+            found = []
+            while batcher.busy:
+                found += [event.token for event in batcher.step() if event.token is not None and event.request == 1]
+        return found
+
+    assert go(make(2, "ab")[0]) == [4, 5, 6]
+    total = steps(lambda: go(make(2, "ab")[0]), [batching], opcodes=False)
+    assert total > 300
+    for at in range(total):
+        bank, _ = make(2, "ab")
+        raised = interrupt(lambda: go(bank), at, [batching], opcodes=False)  # noqa: B023 - called here
+        in_time(batchers[-1].close)
+        check_idle(bank)
+        del raised
 
 
 def test_an_exception_while_waiting_gives_the_place_in_the_queue_back() -> None:

@@ -263,7 +263,7 @@ def _compare_steps(described: Bundle, model: nn.Module, named: Mapping[str, Sdct
     with MultiAdapterModel(described) as runner:
         made = runner.generate(
             [p.tolist() for p in prompts], [dict(row) for row in rows], max_new_tokens=_STEPS, temperature=0.0,
-            repetition_penalty=1.0, stop_tokens=[],
+            repetition_penalty=1.0, stop_tokens=[], logprobs=True,
         )  # fmt: skip
     worst = 0.0
     for prompt, row, one in zip(prompts, rows, made, strict=True):

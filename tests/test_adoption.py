@@ -68,7 +68,7 @@ def adopt(name: str, folder: Path, targets: tuple[str, ...], **options: Any) -> 
 
 def generated(bundle: Bundle, prompts: list[Array], rows: list[dict[str, float]]) -> list[Any]:
     with MultiAdapterModel(bundle) as runner:
-        return runner.generate(prompts, rows, max_new_tokens=6, stop_tokens=[], temperature=0.0)  # type: ignore[arg-type]
+        return runner.generate(prompts, rows, max_new_tokens=6, stop_tokens=[], temperature=0.0, logprobs=True)  # type: ignore[arg-type]
 
 
 CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {

@@ -71,8 +71,8 @@ def test_graphs_of_the_builder(tmp_path: Path, name: str, precision: str) -> Non
 
 
 def cut(tokens: list[int]) -> list[int]:
-    """The tokens up to the end of the text, behind which GenAI gives padding."""
-    return tokens[: tokens.index(2) + 1] if 2 in tokens else tokens
+    """The tokens before the end of the text, which GenAI does not always give, and padding behind it."""
+    return tokens[: tokens.index(2)] if 2 in tokens else tokens
 
 
 def continued(

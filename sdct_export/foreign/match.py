@@ -106,6 +106,7 @@ class _Finder:
         """The pieces of `module`, or why it was not found."""
         weight = self.weights[module]
         pieces: list[Piece] = []
+        self._coarse = False
         start, places = 0, self._first[module]
         ways: tuple[str, ...] = _WAYS
         while start < len(weight):
@@ -128,22 +129,22 @@ class _Finder:
                 if len(pieces) == _MOST_PIECES:
                     return f"its rows lie in more than {_MOST_PIECES} pieces, in an order of the tool's own"
                 places = self._places({module: weight[start]})[module]
-        rough = self._roughness(weight, pieces)
-        if not rough <= _COARSE:
-            return f"quantization changes its weight by {rough:.0%} of its size, which may be any weight"
         return tuple(pieces)
 
     def _places(self, rows: Mapping[str, Array]) -> dict[str, list[tuple[Product, int]]]:
         """Module -> products and their rows that begin as its row does; all modules in one matrix product each."""
         places: dict[str, list[tuple[Product, int]]] = {module: [] for module in rows}
+        made: dict[str, list[tuple[str, Array]]] = {}
         for product, (leading, reach) in zip(self._products, self._leading, strict=True):
-            columns = leading.shape[1]
-            ways = [
-                (module, changed)
-                for module, row in rows.items()
-                for way in _WAYS
-                if (changed := _changed(row[None, :columns], way, product)) is not None
-            ]
+            columns, kind = leading.shape[1], product.weight.dtype if reach is None else "codes"
+            if kind not in made:
+                made[kind] = [
+                    (module, changed)
+                    for module, row in rows.items()
+                    for way in _WAYS
+                    if (changed := _changed(row[None, :columns], way, product)) is not None
+                ]
+            ways = made[kind]
             heads = np.concatenate([changed for _, changed in ways])
             with np.errstate(over="ignore", invalid="ignore"):  # a stranger's numbers
                 sizes = (leading**2).sum(1)[:, None] + (heads**2).sum(1)
@@ -175,26 +176,15 @@ class _Finder:
             good = _agree(changed, seen, reach).all(1)
             if not good.all():
                 return done + int(good.argmin())
+            if reach is not None and _is_coarse(changed, seen):
+                self._coarse = True
+                return done
         return most
-
-    def _roughness(self, weight: Array, pieces: Sequence[Piece]) -> float:
-        """How much quantization changed the weight, of its size; 0 where it is not quantized."""
-        change = size = 0.0
-        for piece in pieces:
-            if piece.product.weight.bits is None:
-                continue
-            for start in range(piece.start, piece.stop, _CHUNK):
-                stop = min(start + _CHUNK, piece.stop)
-                shift = piece.first - piece.start
-                own = weight[start:stop].astype(np.float32)
-                seen, _ = piece.product.weight.read(start + shift, stop + shift, weight.shape[1])
-                with np.errstate(over="ignore"):
-                    change += float(((seen - own) ** 2).sum(dtype=np.float64))
-                size += float((own**2).sum(dtype=np.float64))
-        return float((change / size) ** 0.5) if size else 0.0 if change == 0 else float("inf")
 
     def _why(self, module: str, pieces: Sequence[Piece], start: int) -> str:
         rows, width = self.weights[module].shape
+        if self._coarse:
+            return f"quantization changes its weight by more than {_COARSE:.0%} of its size: it may be any weight"
         if pieces:
             return f"{pieces[-1].product.label} has its first {start} rows, and no product those behind them"
         if not self._products:
@@ -209,6 +199,12 @@ def _changed(weight: Array, way: str, product: Product) -> Array | None:
     """What `weight` may have become before it was stored or quantized, float32; None where it cannot go `way`."""
     changed = rounded(weight, product.weight.dtype if product.weight.bits is None else "float32", way)
     return None if changed is None else changed.astype(np.float32)
+
+
+def _is_coarse(wanted: Array, seen: Array) -> bool:
+    with np.errstate(over="ignore"):
+        change, size = (float(np.square(part).sum(dtype=np.float64)) for part in (seen - wanted, wanted))
+    return not change <= _COARSE**2 * size
 
 
 def _agree(wanted: Array, seen: Array, reach: Array | None) -> Array:

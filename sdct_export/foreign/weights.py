@@ -3,7 +3,7 @@
 A product is `y = x W^T (+ b)` by a constant `W [d_out, d_in]`: `MatMul`, `Gemm`, ONNX Runtime's `FusedMatMul` and
 `MatMulNBits`. `W` may be an initializer or a constant, transposed, cast, and behind a `DequantizeLinear`. Of a
 quantized one `W` is what the product sees, with the distance from it within which a number is rounded to it: half a
-step, and a whole one where rounding met the end of the codes.
+step, and one and a half where rounding met the end of the codes.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ OPAQUE = frozenset({
     "SparseToDenseMatMul",
 })  # fmt: skip
 _DEEP = 8  # nodes between a weight and its product; a graph of a stranger may go in circles
+# steps that a number may lie from the last code: who chooses scales for the least error (k_quant) clips up to 1.33
+_CLIPPED = np.float32(1.5)
 _SLACK = 2e-3  # of a step: quantizers divide, multiply and round in other orders
 
 
@@ -180,7 +182,7 @@ def _dequantized(
     """`(codes - zero) * step` and the distance within which a number is rounded to it."""
     # a scale of a 16-bit type was rounded after the codes were chosen
     wide = np.float32(2**-20 if scale_type == "float32" else 2**-7 if scale_type == "bfloat16" else 2**-10)
-    reach = np.where((codes <= ends[0]) | (codes >= ends[1]), np.float32(1), np.float32(0.5)) + np.float32(_SLACK)
+    reach = np.where((codes <= ends[0]) | (codes >= ends[1]), _CLIPPED, np.float32(0.5)) + np.float32(_SLACK)
     with np.errstate(over="ignore", invalid="ignore"):  # a stranger's numbers
         seen: Array = (codes - zero) * step
         return seen, reach * np.abs(step) + wide * np.abs(seen)
@@ -286,10 +288,12 @@ def _blocks(
         zeros = zeros.reshape(rows, blocks)
 
     def read(start: int, stop: int, columns: int) -> tuple[Array, Array | None]:
-        codes = _unpacked(packed[start:stop], bits)[:, :columns].astype(np.float32)
-        where = np.arange(columns) // block
-        step = scales[start:stop].astype(np.float32)[:, where]
-        zero: Array = np.float32(1 << (bits - 1)) if zeros is None else zeros[start:stop].astype(np.float32)[:, where]
+        few = -(-columns // block)
+        codes = _unpacked(packed[start:stop, : few * block * bits // 8], bits)[:, :columns].astype(np.float32)
+        step = np.repeat(scales[start:stop, :few].astype(np.float32), block, axis=1)[:, :columns]
+        zero: Array = np.float32(1 << (bits - 1))
+        if zeros is not None:
+            zero = np.repeat(zeros[start:stop, :few].astype(np.float32), block, axis=1)[:, :columns]
         return _dequantized(codes, step, zero, (0, (1 << bits) - 1), dtype)
 
     return Weight(shape, dtype, read, bits)

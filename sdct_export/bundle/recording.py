@@ -145,7 +145,11 @@ def _warn_where_blunt(settings: Quantization | Foreign) -> None:
     if MARGIN * settings.change > BLUNT:
         warnings.warn(
             f"{settings.name} moves this model's outputs by {settings.change:.0%} of their size, so that loading an "
-            "adapter hardly notices a base or head that is not the one it was trained on; measure on texts of yours "
-            "with `sdct-export bench --quality`, or export with int8 or in float",
+            "adapter hardly notices a base or head that is not the one it was trained on; "
+            + (
+                "measure on texts of yours with `sdct-export bench --quality`, or export with int8 or in float"
+                if isinstance(settings, Quantization)
+                else "use one in int8 or in float"
+            ),
             stacklevel=4,
         )

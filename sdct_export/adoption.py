@@ -25,6 +25,7 @@ from .foreign.file import read_graph
 from .foreign.place import place_sites
 from .foreign.seen import Seen, see
 from .foreign.weights import opaque_operators
+from .graph.cache import layer_windows
 from .graph.insert import InsertAdapters
 from .graph.trace import SEQUENCE
 from .runtime import MultiAdapterModel
@@ -76,9 +77,15 @@ def export_onnx(
         prepared = dataclasses.replace(prepared, base=base)
     graph = read_graph(onnx)
     cache = _check_ends(graph.graph, base.model, base.task)
+    most = None if cache is None else _most_tokens(graph.graph, base.model)
     found = see(graph.graph, base.model)
     modules = [*base.shapes, *(head for head in prepared.heads if head not in base.shapes)]
     _refuse_missing(graph, found, modules)
+    if found.altered:
+        raise UnsupportedError(
+            f"the graph has {_some(found.altered)} with other numbers than this base; use the base that it was "
+            "exported from"
+        )
     with new_folder(output) as folder:
         own_inputs = len(graph.graph.inputs)
         insertion = InsertAdapters(
@@ -88,7 +95,7 @@ def export_onnx(
         dtype = _dtype(found, modules)
         write_bundle(
             folder, "multi", base, dtype, graph, own_inputs, cache, insertion.groups, insertion.heads,
-            ship_adapters(folder, prepared), None, Foreign(_producer(graph)),
+            ship_adapters(folder, prepared), None, Foreign(_producer(graph)), most,
         )  # fmt: skip
         beside = Path(onnx).with_name(GENAI_CONFIG)
         if beside.is_file():
@@ -99,7 +106,8 @@ def export_onnx(
     if found.uncompared:
         warnings.warn(
             f"{len(found.uncompared)} tensors of the base are not in the graph as they are "
-            f"({_some(found.uncompared)}); they could only be compared by what the graph computes",
+            f"({_some(found.uncompared)}); they could only be compared by what the graph computes for a few rows: "
+            "make sure that it was exported from this base",
             stacklevel=2,
         )
     return Bundle.load(output)
@@ -203,6 +211,45 @@ def _cache(graph: ir.Graph, model: nn.Module) -> Cache | None:
     return dataclasses.replace(cache, dtype=types.pop())
 
 
+def _most_tokens(graph: ir.Graph, model: nn.Module) -> int | None:
+    """How many tokens a row may have for what `_compare` has seen to hold for it: None for any number.
+
+    As many as its rotary tables have; and where the windows of its layers are not those of the base, or cannot be
+    read, as many as every window holds, within which none of them says anything. Warns of that.
+    """
+    places = {"GroupQueryAttention": 7, "RotaryEmbedding": 2}  # of the table of cosines
+    limits = []
+    for node in graph:
+        place = places.get(node.op_type)
+        table = node.inputs[place] if place is not None and len(node.inputs) > place else None
+        rows = None if table is None or table.shape is None or not len(table.shape) else table.shape[0]
+        if isinstance(rows, int):
+            limits.append(rows)
+    try:
+        wanted = layer_windows(model)
+    except UnsupportedError:  # it keeps its masks to itself; its configuration may tell
+        config: Any = getattr(model, "config", None)
+        window = getattr(config, "sliding_window", None)
+        wanted = [window] if isinstance(window, int) else []
+    attention = [node for node in graph if node.op_type == "GroupQueryAttention"]
+    found = [a.as_int() if (a := n.attributes.get("local_window_size")) is not None else -1 for n in attention]
+    has: list[int | None] = [window if window > 0 else None for window in found]
+    windows = [window for window in (*wanted, *has) if window is not None]
+    if windows and has != wanted:
+        warnings.warn(
+            f"the sliding windows of the base ({_windows(wanted)} tokens) are not those of the graph "
+            f"({_windows(has) if attention else 'which cannot be read'}), so the bundle takes rows of at most "
+            f"{min(windows)} tokens; export the graph with the base's windows for more",
+            stacklevel=3,
+        )
+        limits.append(min(windows))
+    return min(limits, default=None)
+
+
+def _windows(windows: Iterable[int | None]) -> str:
+    return ", ".join(sorted({"all" if window is None else str(window) for window in windows})) or "no"
+
+
 def _refuse_missing(graph: ir.Model, found: Seen, modules: Sequence[str]) -> None:
     missing = {module: found.match.missing[module] for module in modules if module in found.match.missing}
     if not missing:
@@ -259,7 +306,8 @@ def _compare_steps(described: Bundle, model: nn.Module, named: Mapping[str, Sdct
     name = next(iter(named))
     rows: list[tuple[tuple[str, float], ...]] = [(), ((name, 1.0),), (), ((name, 0.5),)]
     ids = sample_inputs(model, batch=4, sequence=9, seed=4)[INPUT_IDS].numpy()
-    prompts = [ids[i, : 9 - 2 * i] for i in range(4)]
+    longest = min(9, (described.max_tokens or 9 + _STEPS) - _STEPS)
+    prompts = [ids[i, : max(1, longest - 2 * i)] for i in range(4)]
     with MultiAdapterModel(described) as runner:
         made = runner.generate(
             [p.tolist() for p in prompts], [dict(row) for row in rows], max_new_tokens=_STEPS, temperature=0.0,

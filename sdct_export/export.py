@@ -21,7 +21,7 @@ from .adapter.entries import DTYPE_NAMES
 from .adapter.folder import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE, write_training
 from .base.model import check_base, find_linear, linear_shape, load_base, model_digests, model_hash
 from .base.model import task_type as task_type_of
-from .base.reference import most_tokens
+from .base.reference import most_tokens, rotary_limit
 from .base.sentence import Tail, add_tail, body_folder, load_tail, refuse_whole, settings_files
 from .base.training import (
     check_record,
@@ -558,8 +558,20 @@ def write_bundle(
     adapters: Mapping[str, AdapterRecord],
     quantization: Quantization | None,
     foreign: Foreign | None = None,
+    most: int | None = None,
 ) -> None:
-    """Write the graph with its weights beside it, the base's small files, and the description."""
+    """Write the graph with its weights beside it, the base's small files, and the description.
+
+    `most` is how many tokens a row of this graph may have, None where nothing but the base limits them.
+    """
+    limits = [most, most_tokens(base.model)]
+    if cache is not None and (limit := rotary_limit(base.model)) is not None:
+        limits.append(limit)
+        warnings.warn(
+            f"the rotary positions of a row depend on its length beyond {limit} tokens, where keys in a cache would "
+            f"not be right any more: the bundle takes at most {limit}; export with --no-cache (cache=False) for more",
+            stacklevel=3,
+        )
     ir.save(graph, folder / MODEL_FILE, external_data=DATA_FILE)
     config = getattr(base.model, "config", None)
     if config is not None:
@@ -597,7 +609,7 @@ def write_bundle(
         model_config=model_config(base.model),
         weights=base.weights,
         training_sha256=training_sha256(folder),
-        max_tokens=most_tokens(base.model),
+        max_tokens=min((limit for limit in limits if limit is not None), default=None),
         pooling=() if base.tail is None else base.tail.described,
         cache=cache,
         quantization=quantization,

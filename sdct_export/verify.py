@@ -7,6 +7,7 @@ now. torch is imported only in the second case.
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -234,6 +235,10 @@ def _against_torch(
     if not has_recorded_weights(bundle, base):
         yield Check("base model", False, "has other weights than the base this bundle was exported from")
         return
+    other = another_weight(bundle, base, adapters)
+    if other is not None:
+        yield Check("base model", False, f"has another {other!r} than the base this bundle was exported from")
+        return
     yield Check("base model", True, "weights as recorded")
     if bundle.pooling:
         yield from _below_pooling(bundle, base, source, adapters)
@@ -242,9 +247,16 @@ def _against_torch(
         sight = see(read_graph(bundle.model_path).graph, base)
         missing = sight.match.missing
         lost = [module for group in bundle.groups for module in group.modules if module in missing]
-        detail = f"{lost[0]!r} is another one: {missing[lost[0]]}" if lost else "those of the base"
-        yield Check("weights of the graph", not lost, detail)
+        detail = "those of the base"
+        if sight.uncompared:
+            detail += f", but {len(sight.uncompared)} that are not there as they are ({sight.uncompared[0]})"
+        if sight.altered:
+            detail = f"{sight.altered[0]!r} has other numbers than the base"
         if lost:
+            detail = f"{lost[0]!r} is another one: {missing[lost[0]]}"
+        wrong = bool(lost or sight.altered)
+        yield Check("weights of the graph", not wrong, detail)
+        if wrong:
             return
     elif bundle.quantization is not None:
         sight = QuantizedLayers(bundle.quantization)
@@ -349,6 +361,27 @@ def bundle_base(
             "pass the model the bundle was exported from, or its class (--model-class MODULE:CLASS)"
         )
     return base
+
+
+def another_weight(bundle: Bundle, base: nn.Module, adapters: Mapping[str, SdctAdapter]) -> str | None:
+    """The first tensor of `base` that is not what it was at the export, by its checksum; None where all are.
+
+    Layers that adapters save for themselves are left out: their weights in the base may come from no checkpoint.
+    """
+    from .base.training import checksums, fresh_parameters
+
+    recorded = bundle.weights.get(bundle.base_hash_dtype, {})
+    saved = {
+        f"{path}."
+        for path in (*(head.module for head in bundle.heads), *(m for a in adapters.values() for m in a.saved))
+    }
+    fresh = set(fresh_parameters(base) or ())
+    for name, (_, total) in (checksums(base, bundle.base_hash_dtype) if recorded else {}).items():
+        if name in fresh or any(f"{name}.".startswith(path) for path in saved):
+            continue
+        if recorded.get(str(zlib.crc32(name.encode())), total) != total:
+            return name
+    return None
 
 
 def has_recorded_weights(bundle: Bundle, base: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,6 +70,27 @@ def most_tokens(model: nn.Module) -> int | None:
             # the first row that is used: OPT and BART shift the table, RoBERTa counts from behind its padding index
             first = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
             limits.append(module.num_embeddings - int(first))
+    return min(limits, default=None)
+
+
+def rotary_limit(model: nn.Module) -> int | None:
+    """Tokens up to which the rotary positions of a row are the same however long it gets, None where they always are.
+
+    With `longrope` and `dynamic` the frequencies of all tokens depend on the length of the longest row: keys that lie
+    in a cache would have to be computed again, and rows side by side would change each other.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return None
+    config = config.get_text_config()
+    told = getattr(config, "rope_parameters", None) or {}
+    limits = []
+    for kind in [told, *(part for part in told.values() if isinstance(part, dict))]:
+        name = kind.get("rope_type", "default")
+        if name == "longrope":
+            limits.append(kind.get("original_max_position_embeddings") or config.original_max_position_embeddings)
+        elif "dynamic" in str(name):
+            limits.append(config.max_position_embeddings)
     return min(limits, default=None)
 
 

@@ -125,6 +125,8 @@ def generate(
         ]
         for name in _OPTIONS
     }
+    # a list of texts would mean every row
+    options["stop"] = [[own] if isinstance(own, str) else own for own in options["stop"]]
     options |= {"logprobs": logprobs, "max_length": max_length, "slots": slots}
     asked = [_prompt(line, chat, system) for line in lines]
     model = MultiAdapterModel(described, device=device, max_batch=None, threads=threads)

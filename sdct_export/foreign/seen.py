@@ -23,11 +23,13 @@ class Seen:
     """What `see` found.
 
     `match` has the linear layers. `tables` are embeddings that the graph holds quantized, parameter -> float32.
-    `uncompared` are the base's tensors that were found nowhere: the tool may have folded them into others.
+    `altered` are the base's tensors that the graph holds with other numbers in them: of one shape, half of them equal.
+    `uncompared` are those that were found nowhere: the tool may have folded them into others.
     """
 
     match: Match
     tables: Mapping[str, Array]
+    altered: tuple[str, ...]
     uncompared: tuple[str, ...]
 
     def apply(self, model: nn.Module, dtype: str) -> None:
@@ -57,7 +59,9 @@ def see(graph: ir.Graph, model: nn.Module) -> Seen:
     )
     known = {f"{path}.weight" for path in match.pieces}
     arrays = _Arrays(graph)
-    tables, uncompared = {}, []
+    tables: dict[str, Array] = {}
+    altered: list[str] = []
+    uncompared: list[str] = []
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in known or not tensor.is_floating_point() or not tensor.numel():
             continue
@@ -65,11 +69,11 @@ def see(graph: ir.Graph, model: nn.Module) -> Seen:
         if arrays.has(array):
             continue
         found = arrays.table(array)
-        if found is None:
-            uncompared.append(name)
-        else:
+        if found is not None:
             tables[name] = found
-    return Seen(match, tables, tuple(uncompared))
+        else:
+            (altered if arrays.resembles(array) else uncompared).append(name)
+    return Seen(match, tables, tuple(altered), tuple(uncompared))
 
 
 class _Arrays:
@@ -108,6 +112,21 @@ class _Arrays:
                     return seen
         return None
 
+    def resembles(self, wanted: Array) -> bool:
+        """Whether something here of the shape of `wanted` has half of its numbers, but not all."""
+        wide = wanted.astype(np.float32)
+        for array in self._by_rank.get(wanted.ndim, ()):
+            for own in (wide, wide.T) if wanted.ndim == 2 else (wide, wide + 1):
+                if own.shape == array.shape and _near(array, own).mean() >= 0.5:
+                    return True
+        for found in self._tables:
+            if found.shape == wanted.shape:
+                seen, reach = found.read(0, *found.shape)
+                assert reach is not None
+                if (np.abs(wide - seen) <= reach).mean() >= 0.5:
+                    return True
+        return False
+
 
 def _contains(array: Array, wanted: Array) -> bool:
     """Whether `wanted [n]` lies in `array [m]` in one piece."""
@@ -118,9 +137,9 @@ def _contains(array: Array, wanted: Array) -> bool:
     return False
 
 
-def _near(array: Array, first: np.generic) -> Array:
-    """Where `array` may have the number `first`, rounded to any type."""
-    wide, value = array.astype(np.float32), np.float32(first)
+def _near(array: Array, wanted: Array | np.generic) -> Array:
+    """Where `array` may have the number (or numbers) `wanted`, rounded to any type."""
+    wide, value = array.astype(np.float32), np.asarray(wanted, np.float32)
     near: Array = np.abs(wide - value) <= 2**-6 * np.abs(value)
     return near
 

@@ -47,7 +47,7 @@ class Attention:
     length: int
     checking: bool = False
     presents: dict[int, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
-    windows: set[int] = dataclasses.field(default_factory=set)
+    windows: dict[int, int | None] = dataclasses.field(default_factory=dict)  # of each layer
     biases: dict[int | None, Tensor] = dataclasses.field(default_factory=dict)
     tiles: dict[tuple[int | None, int], Tensor] = dataclasses.field(default_factory=dict)
     layer: int | None = None  # the one that has just handed over its keys
@@ -173,8 +173,7 @@ def attend(
         raise UnsupportedError("its keys, values and queries are not of one size")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     window = attention_mask.window
-    if window is not None:
-        now.windows.add(window)
+    now.windows[layer] = window
     compute = {"ort": _group_query, "standard": _standard, "tensorrt": _fusable}[now.target]
     output, *present = compute(now, layer, query, key, value, scale, softcap, window)
     now.presents[layer] = (present[0], present[1])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import onnx_ir as ir
@@ -152,8 +152,18 @@ def _through_us(model: nn.Module) -> Iterator[None]:
             tunable.set_attn_implementation(before)
 
 
-def _compare(model: nn.Module) -> tuple[set[tuple[int, ...]], set[int], bool]:
-    """Shapes of a layer's keys without the tokens, the windows, and whether it turns as `rotary` does.
+def layer_windows(model: nn.Module) -> list[int | None]:
+    """How many tokens each layer of a language model sees, None for all before it; its masks are looked at.
+
+    Raises:
+        UnsupportedError: it does not ask transformers' registry for its attention.
+    """
+    with quiet(), _through_us(model):
+        return [*_compare(model)[1].values()]
+
+
+def _compare(model: nn.Module) -> tuple[set[tuple[int, ...]], dict[int, int | None], bool]:
+    """Shapes of a layer's keys without the tokens, the window of each, and whether it turns as `rotary` does.
 
     Refuses what is none of this file's attention.
 
@@ -194,14 +204,17 @@ def _compare(model: nn.Module) -> tuple[set[tuple[int, ...]], set[int], bool]:
     layers = sorted(decoder.attention.presents)
     if layers != list(range(len(layers))):
         _refuse(model, f"only its layers {', '.join(map(str, layers))} have keys of their own")
-    return {(len(layers), *past.shape[1::2]) for past in pasts}, decoder.attention.windows, decoder.turning
+    windows = {layer: decoder.attention.windows[layer] for layer in layers}
+    return {(len(layers), *past.shape[1::2]) for past in pasts}, windows, decoder.turning
 
 
 def _refuse(model: nn.Module, reason: str) -> NoReturn:
     raise UnsupportedError(f"{an(type(model).__name__)} cannot have a key-value cache here ({reason}); {_WITHOUT}")
 
 
-def _cache_of(model: nn.Module, target: str | None, shapes: set[tuple[int, ...]], windows: set[int]) -> Cache:
+def _cache_of(
+    model: nn.Module, target: str | None, shapes: set[tuple[int, ...]], windows: Mapping[int, int | None]
+) -> Cache:
     if len(shapes) > 1:
         _refuse(model, "its layers have keys of different sizes")
     ((layers, heads, size),) = shapes
@@ -213,7 +226,7 @@ def _cache_of(model: nn.Module, target: str | None, shapes: set[tuple[int, ...]]
             f"{type(model).__name__} has {size}; use --target standard, or leave --target out"
         )
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return Cache(target, layers, heads, size, dtype, tuple(sorted(windows)))
+    return Cache(target, layers, heads, size, dtype, tuple(sorted({w for w in windows.values() if w is not None})))
 
 
 def _convert(model: nn.Module, cache: Cache, turning: bool) -> ir.Model:

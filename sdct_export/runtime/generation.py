@@ -15,6 +15,7 @@ from ..adapter.entries import Array
 from ..errors import ConfigError
 
 _MOST_TOKENS = 1 << 20
+_SMALLEST = 1e-30  # temperature that float32 has, and quotients by it
 _LARGEST = 1e38  # of a score; what a penalty of 1e-300 makes of one is not infinite
 _BLOCKS = 64  # scores that are compared first of all, when the largest are looked for
 
@@ -107,6 +108,8 @@ def _choose_one(scores: Array, sampling: Sampling, seen: Array, uniform: float) 
         kept = _most_probable(scores, sampling.top_k)
         scores = scores[kept]
     powers = scores - scores.max()
+    if sampling.temperature < _SMALLEST:  # which would be 0 in float32
+        powers = powers.astype(np.float64)
     powers /= sampling.temperature
     np.exp(powers, out=powers)
     if sampling.top_p < 1.0:

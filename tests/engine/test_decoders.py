@@ -195,7 +195,7 @@ def test_the_printed_command_asks_for_what_the_build_asks_for(
     assert manifest.in_place == (FILES[version] == SCATTER_GRAPH_FILE)
     assert bool(manifest.decode) == several
     assert manifest.shapes["input_ids"][2] == (32, 32)
-    assert manifest.shapes["past_key_values.1.value"] == ((1, 6, 1, 8), (8, 6, 64, 8), (32, 6, 64, 8))
+    assert manifest.shapes["past_key_values.1.value"] == ((1, 6, 1, 8), (8, 6, 96, 8), (32, 6, 96, 8))
 
 
 def test_bundles_and_sizes_that_cannot_be_are_refused(bundles: Any, tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_bundles_and_sizes_that_cannot_be_are_refused(bundles: Any, tmp_path: Pa
     bundle = bundles("gpt2")
     with pytest.raises(ConfigError, match=r"a step of 65 tokens \(--sequence\) does not fit into a cache of 64"):
         engine_profiles(bundle, Profile(sequence=(1, 8, 65), length=(1, 64, 64)), (10, 0))
-    assert default_profile(bundle).length == (1, 64, 64)
+    assert default_profile(bundle).length == (1, 96, 96)
     standard = onnx.load(bundles("gpt2", target="standard").model_path, load_external_data=False)
     with pytest.raises(UnsupportedError, match="no named values for what a token sees"):
         lower.keep_in_buffers(standard, bundle.cache, in_place=True)

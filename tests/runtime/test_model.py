@@ -348,7 +348,11 @@ def test_merged_bundles_run_without_adapters(tmp_path: Path) -> None:
 def test_constructor_options(folder: Path) -> None:
     assert MultiAdapterModel(Bundle.load(folder), threads=2).adapters.keys() == SHIPPED.keys()
     for options, error, message in [
-        ({"backend": "tensorrt"}, AdapterFormatError, "model.engine.json is missing; build the engine with"),
+        (
+            {"backend": "tensorrt"},
+            (AdapterFormatError, UnsupportedError),
+            "model.engine.json is missing; build the engine with|needs the package tensorrt",
+        ),
         ({"backend": "tensorrt", "device": "cpu"}, ConfigError, "runs on device 'cuda' or 'cuda:N', got 'cpu'"),
         ({"backend": "tensorrt", "threads": 2}, ConfigError, "threads is for backend='onnxruntime'"),
         ({"engine": "x.engine"}, ConfigError, "engine is for backend='tensorrt'"),

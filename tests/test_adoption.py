@@ -27,7 +27,14 @@ from sdct_export import SdctAdapter, SdctConfig, export_onnx, get_sdct_model
 from sdct_export.adapter.entries import Array
 from sdct_export.bundle.description import Bundle
 from sdct_export.cli import main
-from sdct_export.errors import AdapterFormatError, BaseMismatchError, SdctError, UnsupportedError, VerificationError
+from sdct_export.errors import (
+    AdapterFormatError,
+    BaseMismatchError,
+    ConfigError,
+    SdctError,
+    UnsupportedError,
+    VerificationError,
+)
 from sdct_export.foreign.match import match_weights
 from sdct_export.foreign.weights import find_products
 from sdct_export.graph.cache import trace_decoder
@@ -235,6 +242,46 @@ def test_a_base_that_differs_elsewhere_is_refused(tmp_path: Path, name: str) -> 
     with torch.no_grad():
         model.get_parameter(name).mul_(1.05)
     refused(graph, model, tmp_path, VerificationError, "something else than torch .recorded base")
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_a_tensor_with_one_other_number_is_refused(tmp_path: Path, name: str) -> None:
+    """Which no row that is compared may read."""
+    model = decoder()
+    graph = genai_decoder(model)
+    with torch.no_grad():
+        model.get_parameter(name)[-1].mul_(1.05)
+    refused(graph, model, tmp_path, UnsupportedError, f"the graph has {name} with other numbers than this base")
+
+
+def test_windows_that_the_graph_lacks_limit_its_rows(tmp_path: Path) -> None:
+    family = DECODERS["mistral"]
+    model = family.model(hidden_size=64, head_dim=16, sliding_window=24)
+    graph = genai_decoder(model)
+    for node in graph.graph.node:
+        kept = [attribute for attribute in node.attribute if attribute.name != "local_window_size"]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    path = foreign_graphs.save(graph, tmp_path / "theirs")
+    with pytest.warns(
+        UserWarning, match=r"windows of the base \(24 tokens\) are not those of the graph \(all\)"
+    ):
+        bundle = export_onnx(path, model, {"a": random_adapter(family, model, 1)}, tmp_path / "bundle")
+    assert bundle.max_tokens == 24
+    prompt = np.arange(3, 21)
+    with MultiAdapterModel(bundle) as runner:
+        (one,) = runner.generate([prompt.tolist()], max_new_tokens=6, stop_tokens=[])
+        with pytest.raises(ConfigError, match="24"):
+            runner.generate([prompt.tolist()], max_new_tokens=7)
+    logits = torch_logits(model, [np.array([*prompt, *one.tokens])], [{}], {})[0]
+    assert logits[len(prompt) - 1 : -1].argmax(1).tolist() == list(one.tokens)
+
+
+def test_rows_end_with_the_rotary_table(tmp_path: Path) -> None:
+    model = decoder()
+    path = foreign_graphs.save(genai_decoder(model), tmp_path / "theirs")
+    bundle = export_onnx(path, model, {"a": random_adapter(DECODERS["llama"], model, 1)}, tmp_path / "bundle")
+    assert bundle.max_tokens == 96
 
 
 def test_another_rotation_is_refused(tmp_path: Path) -> None:

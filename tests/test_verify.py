@@ -317,6 +317,11 @@ def test_another_base_is_found(exported: Exported, tmp_path: Path) -> None:
     with torch.no_grad():
         other.bert.encoder.layer[1].attention.self.value.weight.mul_(1.001)
     assert failed(verify(exported.multi, other)) == ["base model"]
+    other = copy.deepcopy(exported.model)
+    with torch.no_grad():  # of a token that no row has
+        other.get_parameter("bert.embeddings.word_embeddings.weight")[-1].zero_()
+    (check,) = [check for check in verify(exported.multi, other).checks if not check.ok]
+    assert "another 'bert.embeddings.word_embeddings.weight'" in check.detail
     with pytest.raises(BaseMismatchError, match="from a BertForSequenceClassification, this base is a BertModel"):
         verify(exported.multi, FAMILIES["bert"].model())
     with pytest.raises(BaseMismatchError, match="cannot load a base model from"):

@@ -164,6 +164,9 @@ def _source(bundle: Bundle, settings: Mapping[str, Any]) -> tuple[str, Path]:
             "chats; give the prompt as a text"
         )
     if isinstance(found, list):
+        named = [one.get("name") for one in found if isinstance(one, dict)]
+        if not all(isinstance(name, str) for name in named):
+            raise AdapterFormatError(f"{file}: the names of chat_template must be texts; {_AGAIN}")
         found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
     if isinstance(found, dict):
         if "default" not in found:

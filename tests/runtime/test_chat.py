@@ -245,7 +245,12 @@ def test_what_is_no_template_file(tmp_path: Path) -> None:
     with pytest.raises(AdapterFormatError, match="not a regular file"):
         ChatTemplate(bundle(tmp_path))
     (tmp_path / "chat_template.jinja").rmdir()
-    for value, match in ((7, "must be a text"), ("x" * (1 << 21), "it may have up to"), ([3], "called 'default'")):
+    for value, match in (
+        (7, "must be a text"),
+        ("x" * (1 << 21), "it may have up to"),
+        ([3], "called 'default'"),
+        ([{"name": [1], "template": "x"}], "names of chat_template must be texts"),
+    ):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
         with pytest.raises((AdapterFormatError, ConfigError), match=match):
             ChatTemplate(bundle(tmp_path))

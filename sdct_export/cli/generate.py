@@ -125,8 +125,9 @@ def generate(
         ]
         for name in _OPTIONS
     }
-    # a list of texts would mean every row
+    # a list of texts, or of ids, would mean every row
     options["stop"] = [[own] if isinstance(own, str) else own for own in options["stop"]]
+    options["stop_tokens"] = [own if own is None or isinstance(own, list) else [own] for own in options["stop_tokens"]]
     options |= {"logprobs": logprobs, "max_length": max_length, "slots": slots}
     asked = [_prompt(line, chat, system) for line in lines]
     model = MultiAdapterModel(described, device=device, max_batch=None, threads=threads)
@@ -244,7 +245,27 @@ def _checked(line: dict[str, Any], where: str) -> dict[str, Any]:
             raise ConfigError(f"{where}: {field} must be {what}, got {line[field]!r}")
     if isinstance(line.get("messages"), list) and not all(isinstance(one, dict) for one in line["messages"]):
         raise ConfigError(f"{where}: messages must be a list of objects with a role and a content")
+    try:
+        _check_values(line)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
     return line
+
+
+def _check_values(line: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` where an option of a line has no such value, whatever the model; null says nothing."""
+    from ..runtime.generation import Sampling, check_count, check_ids, check_seed, check_stops
+    from ..runtime.text import check_stop_strings
+
+    given = {name: value for name, value in line.items() if value is not None}
+    if "ids" in given:
+        check_ids(given["ids"], "ids")
+    Sampling(**{name: given[name] for name in _SAMPLING if name in given})
+    check_seed(given.get("seed"))
+    check_count(given.get("max_new_tokens", 1))
+    stops, ends = given.get("stop"), given.get("stop_tokens", [])
+    check_stop_strings(stops if stops is None or isinstance(stops, str) else [stops], 1)
+    check_stops(ends if isinstance(ends, list) else [ends])
 
 
 def _adapters_of(line: Mapping[str, Any], row: dict[str, float] | None, number: int) -> dict[str, float] | None:

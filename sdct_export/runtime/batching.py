@@ -21,7 +21,7 @@ from ..adapter.entries import Array
 from ..bundle.description import Bundle
 from ..errors import ConfigError, SdctError, UnsupportedError
 from .bank import Bank, Lease
-from .generation import Sampling, check_count, check_seed, check_stops, choose
+from .generation import Sampling, check_count, check_ids, check_seed, check_stops, choose
 from .guarded import Guarded, Latch
 from .selection import MERGED, Selection, check_row, in_slots, selection_inputs
 from .steps import Steps, cache_bytes
@@ -49,6 +49,12 @@ class Event:
     finish: str | None = None
     error: SdctError | None = None
     text: str | None = None
+
+
+def vocabulary_of(bundle: Bundle) -> int | None:
+    """How many tokens there are, None where the bundle does not say."""
+    size = next((output.shape[-1] for output in bundle.outputs if output.name == "logits"), None)
+    return size if isinstance(size, int) else None
 
 
 @dataclasses.dataclass(eq=False)
@@ -105,8 +111,7 @@ class ContinuousBatcher:
         self.max_length = steps.max_length  # most tokens of a request, prompt and new ones
         self._steps: Any = steps
         self._bank, self._chunk, self._noun = bank, chunk, noun
-        vocabulary = next(output.shape[-1] for output in bundle.outputs if output.name == "logits")
-        self._vocabulary = vocabulary if isinstance(vocabulary, int) else None
+        self._vocabulary = vocabulary_of(bundle)
         self._queue = Guarded()  # of what `submit` and `cancel` change
         self._waiting: deque[_Request] = deque()
         self._live: dict[int, _Request] = {}
@@ -174,15 +179,16 @@ class ContinuousBatcher:
             SdctError: the batcher is closed.
         """
         self._check_usable()
-        tokens = np.asarray(prompt)
-        if tokens.ndim != 1 or tokens.size == 0 or tokens.dtype.kind not in "iu":
-            raise ConfigError("the prompt has no token; give a list of token ids with at least one")
-        if int(tokens.min()) < 0:
-            raise ConfigError(f"the prompt holds {tokens.min()}; token ids must not be negative")
+        tokens = check_ids(prompt, "the prompt")
         if self._vocabulary is not None and int(tokens.max()) >= self._vocabulary:
             raise ConfigError(f"the prompt holds {tokens.max()}; token ids of this model are below {self._vocabulary}")
         check_count(max_new_tokens)
         check_seed(seed)
+        stops = check_stops(stop_tokens, self._vocabulary)
+        if not isinstance(sampling, Sampling):
+            raise ConfigError(f"sampling must be a Sampling, got {sampling!r}")
+        if text is not None and not isinstance(text, TextStream):
+            raise ConfigError(f"text must be a TextStream or None, got {text!r}")
         if len(tokens) + max_new_tokens > self.max_length:
             raise ConfigError(
                 f"a prompt of {len(tokens)} tokens and {max_new_tokens} new ones are "
@@ -203,7 +209,7 @@ class ContinuousBatcher:
             row=row,
             lease=lease,
             sampling=sampling,
-            stops=check_stops(list(stop_tokens)),
+            stops=stops,
             random=np.random.default_rng(seed) if sampling.temperature else None,
             logprobs=logprobs,
             text=text,
@@ -214,7 +220,12 @@ class ContinuousBatcher:
         return self._queue.atomically(self._enqueue, request)
 
     def cancel(self, request: int) -> bool:
-        """End a request: the next step says so. Whether it had not ended before."""
+        """End a request: the next step says so. Whether it had not ended before.
+
+        Raises `ConfigError` where `request` is no number.
+        """
+        if isinstance(request, bool) or not isinstance(request, int):
+            raise ConfigError(f"a request is cancelled by the number that submit gave, got {request!r}")
         return self._queue.atomically(self._mark, request)
 
     def step(self, chunks: int = 1) -> list[Event]:
@@ -223,9 +234,12 @@ class ContinuousBatcher:
         Where all that it could do is wait for slots of the bank that others hold, it does so for a tenth of a second.
 
         Raises:
+            ConfigError: `chunks` is no number from 0 on; nothing has happened.
             SdctError: the batcher is closed, or an exception cut an earlier step off. What goes wrong with a request
                 is an event.
         """
+        if isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 0:
+            raise ConfigError(f"chunks must be an integer from 0 on, got {chunks!r}")
         return self._turn.atomically(self._step, chunks)
 
     def close(self) -> None:
@@ -366,11 +380,14 @@ class ContinuousBatcher:
         ended = []
         for i, request in enumerate(requests):
             if found.wrong[i]:
-                problem = SdctError(
-                    f"{self._noun} {request.number}: the model gives NaN or infinite logits after "
-                    f"{request.count - request.prompt} new tokens; check its adapter and scales, or export in a wider "
-                    "type"
+                failed = found.failed.get(i)
+                why = (
+                    f"the model gives NaN or infinite logits after {request.count - request.prompt} new tokens; check "
+                    "its adapter and scales, or export in a wider type"
+                    if failed is None
+                    else f"no token can be chosen ({type(failed).__name__}: {failed})"
                 )
+                problem = SdctError(f"{self._noun} {request.number}: {why}")
                 events.append(self._end(request, "error", problem))
                 self._slots[first + i] = None  # nobody may go on from these columns
                 ended.append(first + i)

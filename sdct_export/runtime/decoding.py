@@ -14,7 +14,7 @@ from typing import Any
 from ..adapter.entries import Array
 from ..bundle.description import Bundle
 from ..errors import ConfigError
-from .batching import ContinuousBatcher, Event
+from .batching import ContinuousBatcher, Event, vocabulary_of
 from .generation import Generation, Sampling, check_count, check_seed, check_stops
 from .prompts import Prompt, encode_prompts, read_defaults
 from .request import TOKENIZER, tokenizer_of
@@ -84,24 +84,33 @@ def read_rows(
     stops = _each_stops(options["stop_tokens"], batch)
     seeds = _each_seed(options["seed"], batch)
     selections = [row or None for row in check_adapters(adapters, batch)] if adapters is not None else [None] * batch
+    vocabulary = vocabulary_of(bundle)
+    known_stops = frozenset(i for i in defaults.stops if vocabulary is None or i < vocabulary)
     rows = []
     for i, prompt in enumerate(tokens):
         given = {name: values[i] for name, values in sampling.items()}
         ends, texts, count = stops[i], strings[i], counts[i]
-        if count is None:
-            count = defaults.most_new(len(prompt), room)
-        check_count(count)
-        rows.append(
-            Row(
-                prompt,
-                selections[i],
-                defaults.sampling(given),
-                count,
-                defaults.stops if ends is None else check_stops(ends),
-                seeds[i],
-                defaults.strings if texts is None else texts,
+        try:
+            if vocabulary is not None and (largest := int(prompt.max())) >= vocabulary:
+                raise ConfigError(f"the prompt holds {largest}; token ids of this model are below {vocabulary}")
+            if count is None:
+                count = defaults.most_new(len(prompt), room)
+            check_count(count)
+            rows.append(
+                Row(
+                    prompt,
+                    selections[i],
+                    defaults.sampling(given),
+                    count,
+                    known_stops if ends is None else check_stops(ends, vocabulary),
+                    seeds[i],
+                    defaults.strings if texts is None else texts,
+                )
             )
-        )
+        except ConfigError as error:
+            if batch == 1:
+                raise
+            raise ConfigError(f"prompt {i}: {error}") from error
     longest = max(rows, key=lambda row: row.length)
     if most is not None and longest.length > most:
         whose = "this model takes" if most == bundle.max_tokens else "max_length allows"
@@ -219,7 +228,7 @@ def _events(
 
 def _each(name: str, value: Any, batch: int) -> list[Any]:
     """One value a row."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    if isinstance(value, str | bytes | bytearray) or not isinstance(value, Sequence):
         return [value] * batch
     if len(value) != batch:
         raise ConfigError(f"{name} has {len(value)} values for {batch} prompts; give one for all, or one for each")
@@ -228,7 +237,7 @@ def _each(name: str, value: Any, batch: int) -> list[Any]:
 
 def _each_stops(value: Any, batch: int) -> list[Any]:
     """Ids for all rows, or for each; None for the base's."""
-    listed = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
+    listed = isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray) and len(value) > 0
     if listed and all(own is None or (isinstance(own, Sequence) and not isinstance(own, str)) for own in value):
         return _each("stop_tokens", value, batch)
     return [value] * batch
@@ -239,7 +248,7 @@ def _each_seed(seed: Any, batch: int) -> list[int | None]:
     seeds: list[Any] = [None] * batch if seed is None else []
     if isinstance(seed, int) and not isinstance(seed, bool):
         seeds = [seed + i for i in range(batch)]
-    elif isinstance(seed, Sequence) and not isinstance(seed, str):
+    elif isinstance(seed, Sequence) and not isinstance(seed, str | bytes | bytearray):
         seeds = list(seed)
     if len(seeds) != batch:
         raise ConfigError(f"seed must be an integer from 0 on, or one for each of the {batch} rows; got {seed!r}")

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -52,11 +53,15 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """A token of each row, int64 `[rows]`; which rows have none, bool `[rows]`; logarithms of probability if asked."""
+    """A token of each row, int64 `[rows]`; which rows have none, bool `[rows]`; logarithms of probability if asked.
+
+    `failed` has the exceptions of rows whose token could not be chosen; these are `wrong`, too.
+    """
 
     tokens: Array
     wrong: Array
     logprobs: Array | None
+    failed: Mapping[int, Exception]
 
 
 def choose(
@@ -64,8 +69,9 @@ def choose(
 ) -> Chosen:
     """A token of each row, in the order of transformers: repetition penalty, temperature, top-k, top-p, min-p.
 
-    A row with NaN or infinite logits is `wrong`, and has no token that means anything. `logprobs` are those of the
-    model, before sampling changes any: `logits[token] - log(sum(exp(logits)))`.
+    A row with NaN or infinite logits is `wrong`, and has no token that means anything; nor has one whose choice
+    raised an exception, which other rows do not pay for. `logprobs` are those of the model, before sampling changes
+    any: `logits[token] - log(sum(exp(logits)))`.
 
     Rows that take the most probable token cost two passes over their logits and no copy; only a row with a top-p
     sorts, and that no more than the tokens that can be part of it.
@@ -83,15 +89,19 @@ def choose(
     tokens = logits.argmax(1)  # of the first NaN where there is one
     top = logits[rows, tokens]
     wrong = ~(np.isfinite(top) & np.isfinite(logits.min(1)))
+    failed: dict[int, Exception] = {}
     for i, sampling in enumerate(samplings):
         if (sampling.temperature or sampling.repetition_penalty != 1.0) and not wrong[i]:
-            with np.errstate(over="ignore", under="ignore"):
-                tokens[i] = _choose_one(logits[i], sampling, seen[i], float(uniform[i]))
+            try:
+                with np.errstate(over="ignore", under="ignore"):
+                    tokens[i] = _choose_one(logits[i], sampling, seen[i], float(uniform[i]))
+            except Exception as error:  # whatever it is
+                failed[i], wrong[i] = error, True
     if not logprobs:
-        return Chosen(tokens, wrong, None)
+        return Chosen(tokens, wrong, None, failed)
     with np.errstate(invalid="ignore"):  # in rows that are wrong
         sums = np.exp(logits - top[:, None]).sum(1)
-        return Chosen(tokens, wrong, (logits[rows, tokens] - top) - np.log(sums))
+        return Chosen(tokens, wrong, (logits[rows, tokens] - top) - np.log(sums), failed)
 
 
 def _choose_one(scores: Array, sampling: Sampling, seen: Array, uniform: float) -> int:
@@ -113,9 +123,10 @@ def _choose_one(scores: Array, sampling: Sampling, seen: Array, uniform: float) 
     powers /= sampling.temperature
     np.exp(powers, out=powers)
     if sampling.top_p < 1.0:
-        enough = sampling.top_p * powers.sum(dtype=np.float64)
+        total = powers.sum(dtype=np.float64)
+        enough = sampling.top_p * total
         # all tokens less probable than this are together less than 1 - top_p: none of them is needed
-        near = powers[powers >= (1.0 / sampling.top_p - 1.0) * enough / len(powers)]
+        near = powers[powers >= (1.0 - sampling.top_p) * total / len(powers)]
         near = np.sort(near)[::-1]
         count = int(np.searchsorted(np.cumsum(near, dtype=np.float64), enough))
         part = np.flatnonzero(powers >= near[min(count, len(near) - 1)])
@@ -170,17 +181,37 @@ def check_seed(seed: int | None) -> None:
         raise ConfigError(f"seed must be an integer from 0 on, got {seed!r}")
 
 
-def check_stops(stop_tokens: Sequence[int]) -> frozenset[int]:
-    """The ids as a set. Raises `ConfigError` where one is none."""
-    if isinstance(stop_tokens, str) or any(
-        isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in stop_tokens
-    ):
+def check_stops(stop_tokens: object, vocabulary: int | None = None) -> frozenset[int]:
+    """The ids as a set. Raises `ConfigError` where one is none, or none of a model of so many tokens."""
+    listed = isinstance(stop_tokens, Collection) and not isinstance(stop_tokens, str | bytes | bytearray | Mapping)
+    if not listed or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in stop_tokens):  # type: ignore[attr-defined]
         raise ConfigError(f"stop_tokens must be token ids, got {stop_tokens!r}")
-    return frozenset(stop_tokens)
+    stops: frozenset[int] = frozenset(stop_tokens)  # type: ignore[call-overload]
+    if vocabulary is not None and max(stops, default=0) >= vocabulary:
+        raise ConfigError(f"stop_tokens holds {max(stops)}; token ids of this model are below {vocabulary}")
+    return stops
+
+
+def check_ids(prompt: object, name: str) -> Array:
+    """Token ids as int64 `[tokens]`. Raises `ConfigError` where these are none, or there is none; it says `name`."""
+    try:
+        array: Array | None = np.asarray(prompt)
+    except (ValueError, TypeError, OverflowError):  # lists of several lengths, say
+        array = None
+    if array is not None and array.ndim == 1 and array.size == 0:
+        raise ConfigError(f"{name} has no token; it needs at least one")
+    if array is None or array.ndim != 1 or array.dtype.kind not in "iu":
+        told = ", not a text" if isinstance(prompt, str) else ""
+        raise ConfigError(f"{name} must be token ids, a list of integers{told}")
+    if int(array.min()) < 0:
+        raise ConfigError(f"{name} holds {array.min()}; token ids must not be negative")
+    if int(array.max()) > np.iinfo(np.int64).max:
+        raise ConfigError(f"{name} holds {array.max()}; no token has such an id")
+    return array.astype(np.int64)
 
 
 def _number(name: str, value: object, least: float, most: float, *, above: bool = False) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
-    if not good or not math.isfinite(float(value)) or (above and value == least):  # type: ignore[arg-type]
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not good or not least <= value <= min(most, sys.float_info.max) or (above and value == least):  # type: ignore[operator]
         upper = f" to {most:g}" if math.isfinite(most) else " on"
         raise ConfigError(f"{name} must be a number {'above' if above else 'from'} {least:g}{upper}, got {value!r}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -353,12 +354,15 @@ class MultiAdapterModel:
     def _batcher(self, slots: int, max_length: int, chunk: int, noun: str = "request") -> ContinuousBatcher:
         bank = self._open()[1]
         backend, cache = self._require_cache()
+        size = cache_bytes(cache, slots, max_length)
         try:
+            if size > sys.maxsize:  # which no array can have
+                raise MemoryError
             steps = backend.steps(cache, slots, max_length)
         except MemoryError as error:
             raise ConfigError(
                 f"there is no memory for the cache of {slots} rows of {max_length} tokens "
-                f"({cache_bytes(cache, slots, max_length) / 2**20:.0f} MiB); ask for fewer"
+                f"({size >> 20} MiB); ask for fewer"
             ) from error
         return ContinuousBatcher(self.bundle, steps, bank, chunk, noun=noun)
 

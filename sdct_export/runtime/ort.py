@@ -24,6 +24,7 @@ from .steps import GrowingSteps, Session, SharedSteps
 _NUMPY_NAMES = {"float": "float32", "double": "float64"}  # ONNX Runtime's names of element types where they differ
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 _EXACT_WINDOWS = (1, 24)  # the first ONNX Runtime whose sliding windows are as long as asked for
+_MOST_THREADS = 1024  # no operator gains from more, and ONNX Runtime would try to start them
 _BODY_NODES = 32 << 10  # bytes of the nodes of one projection in the portable body; seen: 25 to 31 KiB
 _BASE_NODES = 64 << 20  # what a base model may expand by itself
 _BYTES_PER_FILE_BYTE = 16
@@ -67,6 +68,8 @@ class OrtBackend:
         onnxruntime = native.onnxruntime()
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise ConfigError(f"threads must be a positive integer or None, got {threads!r}")
+        if threads is not None and threads > _MOST_THREADS:
+            raise ConfigError(f"threads must be at most {_MOST_THREADS}, got {threads}")
         self._ort = onnxruntime
         self._device, self._device_id = _parse_device(device)
         if not model.is_file():

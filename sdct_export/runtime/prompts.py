@@ -9,14 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..adapter.entries import Array
 from ..bundle.description import Bundle
 from ..errors import AdapterFormatError, ConfigError
 from ..files import read_json
 from .chat import ChatTemplate, Message, is_chat
-from .generation import Sampling, check_count
+from .generation import Sampling, check_count, check_ids
 from .request import TOKENIZER, tokenizer_of, tokenizing
 from .text import check_stop_strings
 
@@ -155,12 +153,7 @@ def encode_prompts(bundle: Bundle, prompts: Sequence[Prompt]) -> list[Array]:
         if tokenizer is not None and isinstance(prompt, str):
             with tokenizing(bundle.path / TOKENIZER):
                 ids = tokenizer.encode(prompt, add_special_tokens=row not in chats).ids
-        array = np.asarray(ids)
-        if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
-            raise ConfigError(f"prompt {row} has no token; give a text that has one, or a list of token ids")
-        if array.min() < 0 or array.max() > np.iinfo(np.int64).max:
-            raise ConfigError(f"prompt {row} holds {array.min()}; token ids must not be negative")
-        encoded.append(array.astype(np.int64))
+        encoded.append(check_ids(ids, f"prompt {row}"))
     return encoded
 
 

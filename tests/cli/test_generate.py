@@ -163,18 +163,22 @@ def test_prompts_from_a_file(how: str, bundle: Path, model: MultiAdapterModel, t
         ('{"prompt": "w5", "temprature": 1}', "line 1: unknown field 'temprature'"),
         ('{"prompt": 5}', "prompt must be a text"),
         ('{"ids": "w5"}', "ids must be a list"),
-        ('{"ids": []}', "prompt 0 has no token"),
-        ('{"ids": [1, "x"]}', "prompt 0 has no token"),
+        ('{"ids": []}', "line 1: ids has no token"),
+        ('{"ids": [1, "x"]}', "line 1: ids must be token ids"),
+        ('{"ids": [1]}\n\n{"ids": [[3], [3, 4]]}', "line 3: ids must be token ids"),
         ('{"ids": [99]}', "token ids of this model are below 99"),
         ('{"messages": ["w5"]}', "messages must be a list of objects"),
         ('{"messages": [{"role": "user"}]}', "message 0 of the role 'user' has no content"),
         ('{"prompt": "w5", "adapter": 3}', "prompt 0: adapter must be a name"),
         ('{"prompt": "w5", "adapter": "a=x"}', "'x' in 'a=x' is no number"),
         ('{"prompt": "w5", "adapter": "c"}', "has no adapter 'c'; it has a, b"),
-        ('{"prompt": "w5", "temperature": -1}', "temperature must be a number from 0 on"),
+        ('{"prompt": "w5", "temperature": 1' + "0" * 400 + "}", "line 1: temperature must be a number from 0 on"),
+        ('{"prompt": "w5", "temperature": -1}', "line 1: temperature must be a number from 0 on"),
         ('{"prompt": "w5", "temperature": "hot"}', "temperature must be a number"),
         ('{"prompt": "w5", "stop": 3}', "stop must be"),
-        ('{"prompt": "w5", "stop": [3]}', "stop must be"),
+        ('{"prompt": "w5", "stop": [3]}', "line 1: stop must be"),
+        ('w5\n{"prompt": "w5", "stop_tokens": 99}', "prompt 1: stop_tokens holds 99; token ids of this model are"),
+        ('w5\n{"prompt": "w5", "stop_tokens": true}', "line 2: stop_tokens must be token ids"),
         ('{"prompt": "w5", "stop_tokens": ["w4"]}', "stop_tokens must be token ids"),
         ('{"prompt": "w5", "max_new_tokens": 0}', "max_new_tokens must be an integer from 1"),
         ('{"prompt": "w5", "seed": "x"}', "seed must be an integer"),
@@ -184,6 +188,16 @@ def test_prompts_from_a_file(how: str, bundle: Path, model: MultiAdapterModel, t
 )
 def test_lines_that_are_refused(line: str, match: str, bundle: Path) -> None:
     assert match in fails(bundle, "--file", "-", stdin=line)
+
+
+def test_a_bare_stop_token_of_a_line_is_of_that_line_alone(bundle: Path, model: MultiAdapterModel) -> None:
+    (free,) = model.generate([[5, 6]], max_new_tokens=8, stop_tokens=[])
+    early = free.tokens[1]
+    late = next(token for token in free.tokens[2:] if token not in free.tokens[:2])
+    lines = [{"ids": [5, 6], "max_new_tokens": 8, "stop_tokens": end} for end in (early, late, [late], [])]
+    found = answers(bundle, "--file", "-", stdin="\n".join(map(json.dumps, lines)))
+    ends = [free.tokens.index(early), free.tokens.index(late), free.tokens.index(late), 7]
+    assert [row["tokens"] for row in found] == [list(free.tokens[: end + 1]) for end in ends]
 
 
 @pytest.mark.parametrize(
@@ -196,6 +210,8 @@ def test_lines_that_are_refused(line: str, match: str, bundle: Path) -> None:
         (["w5", "--temperature", "nan"], "temperature must be a number"),
         (["w5", "--top-p", 0], "top_p must be a number above 0"),
         (["w5", "--stop", ""], "stop must be"),
+        (["w5", "--stop-token", 99999], "stop_tokens holds 99999; token ids of this model are below 99"),
+        (["w5", "--threads", 2**40], "threads must be at most 1024"),
         (["w5", "--slots", 0], "slots must be a positive integer"),
         (["w5", "--seed", -1], "seed must be an integer from 0 on"),
         (["w5", "--adapter", "c"], "has no adapter 'c'; it has a, b"),

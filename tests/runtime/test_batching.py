@@ -20,7 +20,7 @@ from torch import nn
 from sdct_export import export_multi
 from sdct_export.adapter.entries import Array
 from sdct_export.errors import ConfigError, SdctError, UnknownAdapterError
-from sdct_export.runtime import ContinuousBatcher, Event, MultiAdapterModel, Sampling
+from sdct_export.runtime import ContinuousBatcher, Event, MultiAdapterModel, Sampling, generation
 from sdct_export.runtime.batching import _WORTH
 from sdct_export.runtime.steps import SharedSteps
 
@@ -412,14 +412,25 @@ def test_an_exception_in_a_step_is_not_hidden_and_frees_the_adapters_at_the_end(
     ("arguments", "match"),
     [
         ({"prompt": []}, "the prompt has no token"),
-        ({"prompt": [[1]]}, "the prompt has no token"),
-        ({"prompt": "text"}, "the prompt has no token"),
+        ({"prompt": [[1]]}, "the prompt must be token ids, a list of integers"),
+        ({"prompt": [[1], [2, 3]]}, "the prompt must be token ids"),
+        ({"prompt": [3.7]}, "the prompt must be token ids"),
+        ({"prompt": "What colour"}, "the prompt must be token ids, a list of integers, not a text"),
         ({"prompt": [3, -1]}, "the prompt holds -1"),
         ({"prompt": [VOCABULARY]}, f"the prompt holds {VOCABULARY}; token ids of this model are below {VOCABULARY}"),
         ({"prompt": [5] * 20, "max_new_tokens": 13}, "20 tokens and 13 new ones are 33 in all, .* cache has 32"),
         ({"max_new_tokens": 0}, "max_new_tokens must be an integer from 1"),
         ({"seed": -1}, "seed must be an integer from 0 on"),
         ({"stop_tokens": ["x"]}, "stop_tokens must be token ids"),
+        ({"stop_tokens": None}, "stop_tokens must be token ids"),
+        ({"stop_tokens": 5}, "stop_tokens must be token ids"),
+        ({"stop_tokens": float("nan")}, "stop_tokens must be token ids"),
+        ({"stop_tokens": b"ab"}, "stop_tokens must be token ids"),
+        ({"stop_tokens": [3, VOCABULARY]}, f"stop_tokens holds {VOCABULARY}; .* of this model are below {VOCABULARY}"),
+        ({"sampling": None}, "sampling must be a Sampling, got None"),
+        ({"sampling": {}}, "sampling must be a Sampling"),
+        ({"sampling": 0.5}, "sampling must be a Sampling"),
+        ({"text": "x"}, "text must be a TextStream or None, got 'x'"),
         ({"adapters": {"a": float("inf")}}, "the scale of 'a' must be a finite number"),
         ({"adapters": "nobody"}, "no adapter named 'nobody'"),
     ],
@@ -439,6 +450,48 @@ def test_what_cannot_be_is_refused_at_once(model: MultiAdapterModel, arguments: 
 def test_sizes_of_a_batcher_are_checked(model: MultiAdapterModel, arguments: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="must be a positive integer"):
         model.batcher(**arguments)
+
+
+def test_a_cache_that_no_machine_has_is_refused(model: MultiAdapterModel) -> None:
+    with pytest.raises(ConfigError, match=f"no memory for the cache of 1024 rows of {2**62} tokens"):
+        model.batcher(1024, 2**62)
+
+
+def test_arguments_of_a_call_that_are_refused_cost_no_row(model: MultiAdapterModel) -> None:
+    one = Asked(ids(5, 0), "a")
+    with model.batcher(2, 64) as batcher:
+        number = one.submit(batcher)
+        for chunks in ("a", None, [1], 1.5, -1):
+            with pytest.raises(ConfigError, match="chunks must be an integer from 0 on"):
+                batcher.step(chunks)  # type: ignore[arg-type]
+        for request in ([1], {}, "a", None):
+            with pytest.raises(ConfigError, match="cancelled by the number that submit gave"):
+                batcher.cancel(request)  # type: ignore[arg-type]
+        while batcher.busy:
+            for event in batcher.step():
+                assert event.request == number
+                one.take(event)
+    assert (one.tokens, one.finish) == (alone(model, one).tokens, "length")
+
+
+def test_a_row_whose_token_cannot_be_chosen_ends_alone(
+    model: MultiAdapterModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [Asked(ids(5, 0), "a"), Asked(ids(5, 1), "b", SAMPLED), Asked(ids(5, 2), None, Sampling(temperature=0.7))]
+    want = [alone(model, one).tokens for one in asked]
+    honest = generation._choose_one
+
+    def fail(scores: Array, sampling: Sampling, seen: Array, uniform: float) -> int:
+        if sampling == SAMPLED and len(seen) == 8:
+            raise IndexError("index -1 is out of bounds")
+        return honest(scores, sampling, seen, uniform)
+
+    monkeypatch.setattr(generation, "_choose_one", fail)
+    with model.batcher(3, 64) as batcher:
+        run(batcher, asked)
+    assert [one.finish for one in asked] == ["length", "error", "length"]
+    assert [one.tokens for one in asked] == [want[0], want[1][:3], want[2]]
+    assert str(asked[1].error) == "request 1: no token can be chosen (IndexError: index -1 is out of bounds)"
 
 
 def test_the_cache_is_as_large_as_it_says(made: Made, model: MultiAdapterModel) -> None:

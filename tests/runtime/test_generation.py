@@ -25,6 +25,7 @@ from sdct_export.runtime.decoding import collect
 from sdct_export.runtime.generation import Sampling, choose
 from sdct_export.runtime.prompts import read_defaults
 from sdct_export.runtime.steps import SharedSteps
+from sdct_export.runtime.text import TextStream
 
 ROWS: list[dict[str, float]] = [{"a": 1.0}, {}, {"b": 1.0}, {"a": 0.5, "b": -0.75}, {}]
 PROMPTS = [row.tolist() for row in random_rows((9, 6, 3, 8, 1), seed=21)]
@@ -178,6 +179,23 @@ def test_greedy_takes_the_largest_after_the_penalty() -> None:
     assert tokens([penalty, penalty], none) == [1, 1]
 
 
+@pytest.mark.parametrize("top_p", [5e-324, 1e-320, 1e-300, 1e-30])
+def test_a_top_p_of_almost_nothing_is_the_most_probable_token(top_p: float) -> None:
+    logits = np.random.default_rng(0).normal(size=(20, 77)).astype(np.float32)
+    sampling = Sampling(temperature=0.7, top_p=top_p)
+    found = choose(logits, [sampling] * 20, [np.array([], np.int64)] * 20, np.linspace(0, 0.999, 20))
+    assert found.tokens.tolist() == logits.argmax(1).tolist()
+    assert not found.wrong.any()
+
+
+def test_a_base_whose_end_is_no_token_of_the_model_goes_on(made: Made, shown: Path) -> None:
+    """Small models often keep the `eos_token_id` of a large one; who gives one himself is told."""
+    (shown / "generation_config.json").write_text(json.dumps({"eos_token_id": VOCABULARY + 7}))
+    with MultiAdapterModel(shown) as model:
+        (found,) = model.generate([[5, 6]], max_new_tokens=3)
+    assert (len(found.tokens), found.finish) == (3, "length")
+
+
 @pytest.fixture
 def shown(made: Made, tmp_path: Path) -> Path:
     """The bundle with a tokenizer of words `w0 … w98`, where `w1` begins every text and `w2` ends one."""
@@ -296,7 +314,7 @@ def test_a_chat_goes_through_the_template(shown: Path) -> None:
 
 
 def test_a_tokenizer_that_fails_ends_the_call_with_one_error(shown: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Failing:
+    class Failing(TextStream):
         def __init__(self, *_: object) -> None:
             self.finished = False
 
@@ -322,7 +340,18 @@ def test_a_tokenizer_that_fails_ends_the_call_with_one_error(shown: Path, monkey
         ({"prompts": ["text"]}, r"has no tokenizer\.json; pass token ids instead"),
         ({"prompts": [[1], []]}, "prompt 1 has no token"),
         ({"prompts": [[1, -2]]}, "token ids must not be negative"),
-        ({"prompts": [[1.5]]}, "prompt 0 has no token"),
+        ({"prompts": [[1.5]]}, "prompt 0 must be token ids"),
+        ({"prompts": [[1], [[3], [3, 4]]]}, "prompt 1 must be token ids"),
+        ({"prompts": [[2**63]]}, "prompt 0 holds 9223372036854775808"),
+        ({"prompts": [[1], [VOCABULARY]]}, f"prompt 1: .* token ids of this model are below {VOCABULARY}"),
+        ({"prompts": [[1], [2]], "temperature": [0.5, -1]}, "prompt 1: temperature must be a number"),
+        ({"max_new_tokens": b"1"}, "max_new_tokens must be an integer from 1"),
+        ({"temperature": 10**400}, "temperature must be a number from 0 on"),
+        ({"repetition_penalty": 10**400}, "repetition_penalty must be a number above 0 on"),
+        ({"stop_tokens": 5}, "stop_tokens must be token ids"),
+        ({"stop_tokens": b"ab"}, "stop_tokens must be token ids"),
+        ({"stop_tokens": [VOCABULARY]}, f"token ids of this model are below {VOCABULARY}"),
+        ({"stop_tokens": [[VOCABULARY]]}, f"token ids of this model are below {VOCABULARY}"),
         ({"max_new_tokens": 0}, "max_new_tokens must be an integer from 1"),
         ({"temperature": -0.1}, "temperature must be a number from 0 on, got -0.1"),
         ({"temperature": float("nan")}, "temperature must be a number"),

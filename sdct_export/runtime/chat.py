@@ -1,17 +1,21 @@
 """Chats as texts, by the template that comes with the bundle's tokenizer. Never imports torch or transformers.
 
 A template is a stranger's program in the language of Jinja. It runs in Jinja's sandbox, as transformers runs it, with
-nothing in reach but the messages; its size, its steps, its time and what it puts together are bounded.
+nothing in reach but the messages and the filters that chats need; its size, its steps, its time and all that it puts
+together are bounded. No list is larger, written out, than a chat may be, so no single operation on one takes long.
 """
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import datetime
 import functools
+import itertools
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +33,10 @@ _SPECIAL = "special_tokens_map.json"
 _LARGEST_TEMPLATE = 1 << 20
 _LARGEST_JSON = 16 << 20
 _LARGEST_CHAT = 1 << 24  # characters
-_STEPS = 1 << 21  # turns of loops, calls, and kilobytes put together
+_DEEPEST = 100  # lists in lists
+_STEPS = 1 << 21  # turns of loops, calls, and half kilobytes put together: a gigabyte at most
+_ELEMENT = 8  # characters that an element of a list is worth
+_NEW = 64  # bytes of an element that was made for the list
 _SECONDS = 5.0  # of this thread's processor time, for steps that take long, looked at in every step
 _CALL = 8  # of them for a call, which takes so much longer than a turn
 _MOST_BITS = 1 << 12  # of an integer
@@ -39,9 +46,29 @@ _TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 # classes of transformers that take these from the files alone; others have some of their own
 _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
-_WIDE = re.compile(r"\d{5}|\*")  # in a format, what pads or asks for it
+# what a template may use: of what Jinja has, what writing a chat can need and a small input does not make long
+_FILTERS = (
+    "abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "format", "groupby",
+    "indent", "int", "items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr",
+    "replace", "reverse", "round", "safe", "select", "selectattr", "sort", "string", "title", "trim", "truncate",
+    "unique", "upper",
+)  # fmt: skip
+_GLOBALS = ("dict", "namespace", "range")
+_NO_METHODS = ("encode", "decode", "to_bytes", "from_bytes", "maketrans", "translate")  # some codecs take very long
+# what these return can be as long as the product of what they are given, or take as long
+_GROWING = (
+    "replace", "do_replace", "join", "sync_do_join", "do_indent", "ljust", "rjust", "center", "zfill", "expandtabs",
+    "rfind", "rindex", "rsplit", "rpartition",
+)  # fmt: skip
+_LONGEST_FORMAT = 1 << 16
+_WIDEST_FORMAT = 1 << 12  # all of its numbers together
+_DIRECTIVE = re.compile(r"%(?:\([^)]*\))?[#0 +-]*(\*|\d*)(?:\.(\*|\d*))?")
+_PATH = re.compile(r"\{[^{}:!]*[.\[]|:[^{}]*\{")  # a field that reaches into its value, or whose width is a field
+_CONTAINERS: tuple[Any, ...] = (list, tuple, dict, type({}.keys()), type({}.values()), type({}.items()))
 # steps that a template may still take, and the processor time at which it must have ended
 _left: contextvars.ContextVar[list[float]] = contextvars.ContextVar("left")
+# lists that were measured last, by id: the list (nothing changes it), its size and its depth
+_measured: contextvars.ContextVar[dict[int, tuple[Any, int, int]]] = contextvars.ContextVar("measured")
 
 
 class ChatTemplate:
@@ -66,8 +93,9 @@ class ChatTemplate:
         self._file = file
         try:
             environment = _environment()
-            self._template = environment.from_string(source)
-            used = meta.find_undeclared_variables(environment.parse(source))
+            with _bounded():  # Jinja works out what is constant
+                self._template = environment.from_string(source)
+                used = meta.find_undeclared_variables(environment.parse(source))
         except Exception as error:  # of Jinja, or of Python about what Jinja makes of it
             raise AdapterFormatError(f"{file} is no chat template ({_reason(error)}); {_AGAIN}") from error
         self._tokens = _tokens(bundle, settings)
@@ -89,24 +117,22 @@ class ChatTemplate:
             AdapterFormatError: the template does not end within its bounds.
         """
         chat = check_messages(messages)
-        token = _left.set([_STEPS, time.thread_time() + _SECONDS])
         tokens = {name: value for name, value in self._tokens.items() if value is not None}
         given = {**tokens, "messages": chat, "tools": None, "documents": None, "add_generation_prompt": True}
         parts, size = [], 0
         try:
-            for part in self._template.generate(given):
-                parts.append(part)
-                size += len(part)
-                if size > _LARGEST_CHAT:
-                    raise _TooMuch(f"it writes more than {_LARGEST_CHAT} characters")
+            with _bounded():
+                for part in self._template.generate(given):
+                    parts.append(part)
+                    size += len(part)
+                    if size > _LARGEST_CHAT:
+                        raise _TooMuch(f"it writes more than {_LARGEST_CHAT} characters")
         except _TooMuch as error:
             raise AdapterFormatError(f"{self._file} does not end: {error}; {_AGAIN}") from error
         except _Refusal as error:
             raise ConfigError(f"the chat template of this model refuses these messages: {error}") from error
         except Exception as error:  # of Jinja, or of Python's operators on values of the wrong type
             raise AdapterFormatError(f"{self._file} fails on these messages ({_reason(error)}); {_AGAIN}") from error
-        finally:
-            _left.reset(token)
         return "".join(parts)
 
 
@@ -216,11 +242,77 @@ def _spend(steps: int = 1) -> None:
             raise _TooMuch(f"it takes more than {_SECONDS:g} seconds")
 
 
-def _weigh(size: int) -> None:
-    """Refuse a text or list of this size, or count it."""
+@contextlib.contextmanager
+def _bounded() -> Iterator[None]:
+    left, measured = _left.set([_STEPS, time.thread_time() + _SECONDS]), _measured.set({})
+    try:
+        yield
+    finally:
+        _left.reset(left)
+        _measured.reset(measured)
+
+
+def _weigh(size: int, memory: int = 0) -> None:
+    """Refuse a text or list of this size in characters, or count it and the memory that it takes."""
     if size > _LARGEST_CHAT:
         raise _TooMuch(f"it puts together more than {_LARGEST_CHAT} characters")
-    _spend(1 + size // 1000)
+    _spend(1 + max(size, memory) // 512)
+
+
+def _measure(value: Any, depth: int = 0) -> tuple[int, int]:
+    """Characters in `value`, as often as it is written when `value` is printed, and how deep its lists are."""
+    if isinstance(value, str):
+        return len(value), 0
+    if isinstance(value, int):
+        return value.bit_length() // 3, 0
+    if isinstance(value, range):
+        return _measure((value.start, value.stop, value.step))
+    if not isinstance(value, _CONTAINERS):  # None, a float; a macro, whose name is written
+        return len(value.name) if type(value).__name__ == "Macro" else 0, 0
+    known = _measured.get({}).get(id(value))
+    if known is not None and known[0] is value:
+        return known[1:]
+    size, deepest = _ELEMENT * len(value), 0
+    for one in itertools.chain(value.keys(), value.values()) if isinstance(value, dict) else value:
+        if depth >= _DEEPEST or size > _LARGEST_CHAT:
+            break
+        more, deep = _measure(one, depth + 1)
+        size, deepest = size + more, max(deepest, deep)
+    if depth + deepest >= _DEEPEST:
+        raise _TooMuch(f"it nests lists more than {_DEEPEST} deep")
+    if size > _LARGEST_CHAT:
+        raise _TooMuch(f"it puts together a list of more than {_LARGEST_CHAT} characters")
+    return size, deepest + 1
+
+
+def _built(value: Any, element: int = _ELEMENT) -> Any:
+    """`value` itself, which has just been put together, if it is within bounds: so are comparing and printing it.
+
+    Its memory is counted, an element of a list at `element` bytes.
+    """
+    if isinstance(value, str):
+        _weigh(len(value), sys.getsizeof(value))
+    elif isinstance(value, int) and value.bit_length() > 4 * _MOST_BITS:
+        raise _TooMuch("its numbers grow beyond bounds")
+    elif isinstance(value, _CONTAINERS):
+        measured = _measure(value)
+        memory = _measured.get({})
+        if len(memory) >= 64:
+            memory.clear()
+        memory[id(value)] = (value, *measured)
+        _spend(1 + element * len(value) // 512)
+    return value
+
+
+def _watched(values: Iterable[Any]) -> Iterator[Any]:
+    """`values` as they are asked for, up to the bounds of a list of them."""
+    size = 0
+    for value in values:
+        size += _ELEMENT + _measure(value)[0]
+        if size > _LARGEST_CHAT:
+            raise _TooMuch(f"it puts together more than {_LARGEST_CHAT} characters")
+        _spend()
+        yield value
 
 
 @functools.cache
@@ -229,6 +321,7 @@ def _environment() -> Any:
     import jinja2
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
+    from jinja2.runtime import LoopContext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.utils import Namespace
     from jinja2.visitor import NodeTransformer
@@ -244,7 +337,7 @@ def _environment() -> Any:
             return nodes.Scope(body, lineno=line)
 
     class Counted(NodeTransformer):
-        """Loops and `~` go through filters that count them."""
+        """Loops, texts, `~`, lists and slices go through filters that count them."""
 
         def visit_For(self, node: Any) -> Any:
             self.generic_visit(node)
@@ -256,6 +349,27 @@ def _environment() -> Any:
             parts = nodes.List(node.nodes, lineno=node.lineno)
             return nodes.Filter(parts, "sdct_joined", [], [], None, None, lineno=node.lineno)
 
+        def _count(self, node: Any) -> Any:
+            return nodes.Filter(node, "sdct_built", [], [], None, None, lineno=node.lineno)
+
+        def visit_List(self, node: Any) -> Any:
+            self.generic_visit(node)
+            written = getattr(node, "ctx", "load") == "store" or (
+                len(node.items) <= 16 and all(isinstance(one, nodes.Const) for one in node.items)
+            )
+            return node if written else self._count(node)
+
+        visit_Tuple = visit_List
+        visit_Dict = visit_List
+
+        def visit_Getitem(self, node: Any) -> Any:
+            self.generic_visit(node)
+            sliced = isinstance(node.arg, nodes.Slice)
+            return nodes.Filter(node, "sdct_slice", [], [], None, None, lineno=node.lineno) if sliced else node
+
+        def visit_TemplateData(self, node: Any) -> Any:
+            return self._count(nodes.Const(node.data, lineno=node.lineno))
+
     class Environment(ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset(("+", "*", "**", "%"))
 
@@ -264,11 +378,15 @@ def _environment() -> Any:
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             _check_operation(operator, left, right)
-            return super().call_binop(context, operator, left, right)
+            return _built(super().call_binop(context, operator, left, right))
 
         def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-            _check_call(__obj, args)
-            return super().call(__context, __obj, *args, **kwargs)
+            _check_call(__obj, (*args, *kwargs.values()))
+            args = tuple(watch(value) for value in args)
+            return _built(super().call(__context, __obj, *args, **kwargs), _NEW)
+
+        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+            return attr not in _NO_METHODS and super().is_safe_attribute(obj, attr, value)
 
     class Attributes(Namespace):
         """Names with an underscore in front stay out of it."""
@@ -282,6 +400,9 @@ def _environment() -> Any:
         def __setitem__(self, name: str, value: Any) -> None:
             _check_name(name)
             Namespace.__setitem__(self, name, value)
+
+        def __repr__(self) -> str:  # namespaces can hold one another, in circles too
+            raise jinja2.exceptions.SecurityError("a namespace cannot be printed")
 
     def _check_name(name: object) -> None:
         if isinstance(name, str) and name.startswith("_"):
@@ -303,28 +424,49 @@ def _environment() -> Any:
     @jinja2.pass_context
     def joined(context: Any, values: Iterable[Any]) -> str:
         texts = [str(value) for value in values]
-        _weigh(sum(map(len, texts)))
+        _weigh(sum(map(len, texts)), sum(map(sys.getsizeof, texts)))
         return "".join(texts)
 
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    environment.filters = {name: _counted(function) for name, function in environment.filters.items()}
-    environment.filters |= {"sdct_turns": turns, "sdct_joined": joined, "tojson": _to_json}
+    @jinja2.pass_context
+    def built(context: Any, value: Any) -> Any:
+        return _built(value)
+
+    @jinja2.pass_context
+    def part(context: Any, value: Any) -> Any:
+        """A slice, which is no larger than what it is of: only its memory is counted."""
+        if isinstance(value, str):
+            _weigh(len(value), sys.getsizeof(value))
+        elif isinstance(value, _CONTAINERS):
+            _weigh(_ELEMENT * len(value))
+        return value
+
+    def printed(value: Any) -> Any:
+        _weigh(_measure(value)[0])
+        return value
+
+    def watch(value: Any) -> Any:
+        return _watched(value) if isinstance(value, Iterator) and not isinstance(value, LoopContext) else value
+
+    def counted(function: Any) -> Any:
+        @functools.wraps(function)  # with the marks that say what comes before its arguments
+        def run(*args: Any, **kwargs: Any) -> Any:
+            _check_call(function, (*args, *kwargs.values()))
+            return _built(function(*map(watch, args), **kwargs), _NEW)
+
+        return run
+
+    environment = Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols], finalize=printed
+    )
+    environment.filters = {name: counted(environment.filters[name]) for name in _FILTERS}
+    environment.filters |= {
+        "sdct_turns": turns, "sdct_joined": joined, "sdct_built": built, "sdct_slice": part, "tojson": _to_json,
+    }  # fmt: skip
+    environment.globals = {name: environment.globals[name] for name in _GLOBALS}
     environment.globals |= {
         "raise_exception": _refuse, "strftime_now": _now, "dict": Dict(), "namespace": Attributes,
     }  # fmt: skip
     return environment
-
-
-def _counted(function: Any) -> Any:
-    @functools.wraps(function)  # with the marks that say what comes before its arguments
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        _check_call(function, args)
-        result = function(*args, **kwargs)
-        if isinstance(result, str):
-            _weigh(len(result))
-        return result
-
-    return counted
 
 
 def _check_operation(operator: str, left: Any, right: Any) -> None:
@@ -334,35 +476,52 @@ def _check_operation(operator: str, left: Any, right: Any) -> None:
         if operator in ("*", "**") and bits > _MOST_BITS:
             raise _TooMuch("its numbers grow beyond bounds")
         return
-    if operator == "%":
-        _check_format(left)
-    sizes = [len(side) if isinstance(side, str | bytes | list | tuple) else 0 for side in (left, right)]
-    if operator == "+":
-        _weigh(sum(sizes))
-    elif operator == "*":
-        times = next((side for side in (left, right) if isinstance(side, int)), 1)
-        _weigh(sum(sizes) * max(times, 0))
+    if operator == "%" and isinstance(left, str):
+        _check_directives(left, right)
+    elif operator in ("+", "*"):
+        size = sum(_measure(side)[0] for side in (left, right) if not isinstance(side, int))
+        if operator == "*":
+            size *= max(next((side for side in (left, right) if isinstance(side, int)), 1), 0)
+        if size > _LARGEST_CHAT:
+            raise _TooMuch(f"it puts together more than {_LARGEST_CHAT} characters")
 
 
-def _check_format(text: object) -> None:
-    if isinstance(text, str) and _WIDE.search(text):
-        raise _TooMuch("it pads beyond bounds")
+def _check_directives(text: str, values: Any) -> None:
+    """Refuse a format with `%` whose result could be long."""
+    directives = _DIRECTIVE.findall(text) if len(text) <= _LONGEST_FORMAT else [("*", "")]
+    _check_format(len(directives), [width for pair in directives for width in pair if width], values)
 
 
-def _check_call(function: Any, args: Sequence[Any]) -> None:
+def _check_fields(text: str, values: Any) -> None:
+    """Refuse a format with `{}` whose result could be long."""
+    plain = text[: _LONGEST_FORMAT + 1].replace("{{", "").replace("}}", "")
+    odd = len(text) > _LONGEST_FORMAT or _PATH.search(plain)
+    widths = ["*"] if odd else [n for field in re.findall(r":([^{}]*)\}", plain) for n in re.findall(r"\d+", field)]
+    _check_format(plain.count("{"), widths, values)
+
+
+def _check_format(fields: int, widths: Sequence[str], values: Any) -> None:
+    wide = any(width == "*" or len(width) > 4 for width in widths) or sum(map(int, widths)) > _WIDEST_FORMAT
+    if wide or fields * _measure(values)[0] > 16 * _LARGEST_CHAT:
+        raise _TooMuch("its formats are long, wide, or reach into values")
+
+
+def _check_call(function: Any, values: Sequence[Any]) -> None:
     """Count a call, and refuse one whose arguments could make a text beyond bounds of a small one."""
-    size, name = 1, getattr(function, "__name__", "")
-    values = (getattr(function, "__self__", None), *args)
-    if name in ("format", "format_map", "do_format"):
-        for value in values:
-            _check_format(value)
-    for value in values if name not in ("range", "safe_range") else ():
-        if isinstance(value, str | bytes | list | tuple):
-            size *= max(len(value), 1)
-        elif isinstance(value, int):
-            size *= max(abs(value), 1)
-    if size > 16 * _LARGEST_CHAT:
-        raise _TooMuch("it pads or repeats beyond bounds")
+    name = getattr(function, "__name__", "")
+    owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)
+    if name in ("format", "format_map") and isinstance(owner, str):
+        _check_fields(owner, values)
+    elif name == "do_format":
+        _check_directives(str(values[0]), values[1:])
+    elif name == "do_round" and any(isinstance(value, int) and abs(value) > 300 for value in values[1:]):
+        raise _TooMuch("it rounds to too many places")
+    elif name in _GROWING:
+        size = 1
+        for value in (owner, *values):
+            size *= max(abs(value) if isinstance(value, int) else _measure(value)[0], 1)
+            if size > 16 * _LARGEST_CHAT:
+                raise _TooMuch("it pads or repeats beyond bounds")
     _spend(_CALL)
 
 
@@ -377,8 +536,11 @@ def _now(pattern: str) -> str:
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    if isinstance(indent, int) and indent > 100:
+    size, depth = _measure(value)
+    width = indent if isinstance(indent, int) else _measure(indent)[0]
+    between = max(width, 0) * depth + _measure(separators)[0] + 1
+    if size // _ELEMENT * between > 16 * _LARGEST_CHAT or between > 1 << 12:
         raise _TooMuch("it pads beyond bounds")
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    _weigh(len(text))
+    _weigh(len(text), sys.getsizeof(text))
     return text

@@ -187,6 +187,51 @@ ENDLESS = [
     "{% for x in [1, 2] recursive %}{{ loop([1, 2]) }}{% endfor %}",
     "{{ [[1]]|tojson(indent=10 ** 12) }}",
     "{{ range(10 ** 12)|list }}",
+    # lists that share their parts: small to keep, endless to compare, write or hash
+    "{% set a = namespace(x=[1]) %}{% set b = namespace(x=[1]) %}{% for i in range(60) %}"
+    "{% set a.x = [a.x, a.x] %}{% set b.x = [b.x, b.x] %}{% endfor %}{{ a.x == b.x }}",
+    "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
+    "{{ ns.x|tojson }}",
+    "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+    "{% set ns = namespace(x=(1,)) %}{% for i in range(60) %}{% set ns.x = (ns.x, ns.x) %}{% endfor %}{{ {ns.x: 1} }}",
+    "{% set ns = namespace(x={}) %}{% for i in range(60) %}{% set ns.x = {1: ns.x, 2: ns.x} %}{% endfor %}{{ ns.x }}",
+    "{% set ns = namespace(x={}) %}{% for i in range(60) %}{% set ns.x = dict(a=ns.x, b=ns.x) %}{% endfor %}"
+    "{{ ns.x }}",
+    "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x] * 2 %}{% endfor %}{{ ns.x }}",
+    "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [[ns.x]|first, ns.x]|list %}{% endfor %}",
+    "{% set ns = namespace(x=[1]) %}{% for i in range(99999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}",
+    "{% set ns = namespace() %}{% set ns.x = [ns, ns] %}{{ ns }}",
+    # arguments by keyword
+    "{{ lipsum(n=1, min=100000000, max=200000000) }}",
+    "{{ 'a\nb'|indent(width=1500000000) }}",
+    "{{ ('a\n' * 100000)|indent(width=100000) }}",
+    "{{ [[1]]|tojson(indent='a' * 10000000) }}",
+    "{{ ([1] * 100000)|tojson(separators=('a' * 100000, ':')) }}",
+    "{{ 1.5|round(precision=1000000000) }}",
+    # formats
+    "{{ ('{0:9999}' * 100000).format(1) }}",
+    "{{ '{0:{1[0]}}'.format(1, [1500000000]) }}",
+    "{{ '{a:{b}}'.format(a=1, b=1500000000) }}",
+    "{{ ('%(a)9999d' * 100000) % {'a': 1} }}",
+    "{{ ('%(a)s' * 10000) % {'a': 'a' * 10000000} }}",
+    "{{ ('{a}' * 10000).format(a='a' * 10000000) }}",
+    "{{ ('{a.x}' * 10000).format(a=namespace(x='a' * 10000000)) }}",
+    # lists of lists and texts, and what is kept of them
+    "{{ ([[1] * 1000] * 20000)|sum(start=[])|length }}",
+    "{{ ([('a' * 10000000)] * 150)|join }}",
+    "{{ ([namespace(x='a' * 10000000)] * 150)|map(attribute='x')|join }}",
+    "{{ ''.join(([namespace(x='a' * 10000000)] * 150)|map(attribute='x')) }}",
+    "{% set s = [0] * 16000000 %}{% set a = namespace(x=()) %}{% for i in range(15) %}{% set a.x = (a.x, s[i:]) %}"
+    "{% endfor %}",
+    "{% set s = [0] * 1000000 %}" + "".join(f"{{% set s{i} = s[1:] %}}" for i in range(999)),
+    "{% set x = 'a' * 10000000 %}{% set y %}{% for i in range(99999) %}{{ x }}{% endfor %}{% endset %}",
+    "{% set y %}{% for i in range(99999) %}" + "a" * 100000 + "{% endfor %}{% endset %}",
+    "{% macro f() %}{% for i in range(99999) %}" + "a" * 100000 + "{% endfor %}{% endmacro %}{% set y = f() %}",
+    # operations that take long by themselves
+    "{{ ('f' * 10000000)|int(base=16) // 3 }}",
+    "{{ ('a' * 10000000).rfind('b' + 'a' * 5000000) }}",
+    "{{ ('é' * 10000000).encode('punycode') }}",
+    "{{ " + "(" * 190 + "1" + ")" * 190 + " }}",
 ]
 
 
@@ -196,10 +241,19 @@ def test_templates_without_end_are_refused(template: str, tmp_path: Path) -> Non
     assert "mend the file, or export the bundle again" in refusing(tmp_path, template)
 
 
+def test_a_filter_that_is_not_there_is_named(tmp_path: Path) -> None:
+    saved(tmp_path, None)
+    assert "is no chat template (No filter named 'sum'.)" in refusing(tmp_path, "{{ [1]|sum }}")
+    assert "fails on these messages ('lipsum' is undefined)" in refusing(tmp_path, "{{ lipsum(n=1) }}")
+
+
 def test_steps_that_take_long_are_refused_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path, None)
     monkeypatch.setattr(chat_module, "_SECONDS", 0.2)
-    slow = "{% set x = 'a' * 10000000 %}{% for i in range(99999) %}{% if x[1:] == x[:-1] %}{% endif %}{% endfor %}"
+    slow = (
+        "{% set x = 'a' * 10000000 %}{% set y = 'a' * 10000000 %}"
+        "{% for i in range(99999) %}{% if x == y %}{% endif %}{% endfor %}"
+    )
     assert "it takes more than 0.2 seconds" in refusing(tmp_path, slow)
 
 

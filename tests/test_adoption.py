@@ -263,9 +263,7 @@ def test_windows_that_the_graph_lacks_limit_its_rows(tmp_path: Path) -> None:
         del node.attribute[:]
         node.attribute.extend(kept)
     path = foreign_graphs.save(graph, tmp_path / "theirs")
-    with pytest.warns(
-        UserWarning, match=r"windows of the base \(24 tokens\) are not those of the graph \(all\)"
-    ):
+    with pytest.warns(UserWarning, match=r"windows of the base \(24 tokens\) are not those of the graph \(all\)"):
         bundle = export_onnx(path, model, {"a": random_adapter(family, model, 1)}, tmp_path / "bundle")
     assert bundle.max_tokens == 24
     prompt = np.arange(3, 21)

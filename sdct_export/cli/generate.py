@@ -145,6 +145,7 @@ def generate(
         print_json({"rows": told})
     elif len(found) == 1 and not logprobs and found[0].text is not None:
         click.echo(found[0].text)
+        _say_where_cut(found[0].finish, len(found[0].tokens))
     else:
         columns = ["row", "adapter", "tokens", "end", *(["logprob"] if logprobs else []), "text"]
         table = [
@@ -161,6 +162,12 @@ def generate(
         print_table(columns, table, right=range(2, 3))
 
 
+def _say_where_cut(finish: str | None, count: int) -> None:
+    """On a terminal: that a text goes on, which nobody can see in it."""
+    if finish == "length" and sys.stderr is not None and sys.stderr.isatty():
+        click.echo(f"(cut after {count} tokens; --max-new-tokens for more)", err=True)
+
+
 def _watched(
     model: MultiAdapterModel, prompts: Sequence[Any], rows: Sequence[Any], options: Mapping[str, Any], shown: bool
 ) -> list[Generation]:
@@ -173,12 +180,14 @@ def _watched(
 
     stream = model.stream(prompts, adapters, **options)
     if shown:
-        bare = False  # a bundle without a tokenizer
+        bare, count, finish = False, 0, None  # bare: a bundle without a tokenizer
         for event in stream:
+            count, finish = count + (event.token is not None), event.finish
             bare = event.text is None
             text = f"{event.token} " if bare and event.token is not None else event.text or ""
             click.echo(_visible(text), nl=False)
         click.echo()
+        _say_where_cut(finish, count)
         return []
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

@@ -114,6 +114,11 @@ def read_rows(
     longest = max(rows, key=lambda row: row.length)
     if most is not None and longest.length > most:
         whose = "this model takes" if most == bundle.max_tokens else "max_length allows"
+        if len(longest.prompt) >= most:
+            raise ConfigError(
+                f"the longest prompt has {len(longest.prompt)} tokens, {whose} at most {most} with a new one; "
+                "cut the prompt"
+            )
         raise ConfigError(
             f"the longest prompt and {longest.most} new tokens are {longest.length} in all, {whose} at most {most}; "
             "ask for fewer, or cut the prompt"

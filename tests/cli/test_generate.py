@@ -203,7 +203,7 @@ def test_a_bare_stop_token_of_a_line_is_of_that_line_alone(bundle: Path, model: 
 @pytest.mark.parametrize(
     ("args", "match"),
     [
-        (["w5 " * 70, "--max-length", 64], "1 new tokens are 72 in all, max_length allows at most 64; ask for fewer"),
+        (["w5 " * 70, "--max-length", 64], "the longest prompt has 71 tokens, max_length allows at most 64 with a new one; cut"),
         (["w5", "--max-new-tokens", 20, "--max-length", 10], "22 in all, max_length allows at most 10"),
         ([""], "prompt 0 is empty"),
         (["w5", "--temperature", -1], "temperature must be a number from 0 on, got -1.0"),

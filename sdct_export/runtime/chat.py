@@ -63,7 +63,7 @@ _GROWING = (
 _LONGEST_FORMAT = 1 << 16
 _WIDEST_FORMAT = 1 << 12  # all of its numbers together
 _DIRECTIVE = re.compile(r"%(?:\([^)]*\))?[#0 +-]*(\*|\d*)(?:\.(\*|\d*))?")
-_PATH = re.compile(r"\{[^{}:!]*[.\[]|:[^{}]*\{")  # a field that reaches into its value, or whose width is a field
+_PATH = re.compile(r"\{[^{}:!]*[.\[]|\{[^{}]*\{")  # a field that reaches into its value, or whose width is a field
 _CONTAINERS: tuple[Any, ...] = (list, tuple, dict, type({}.keys()), type({}.values()), type({}.items()))
 # steps that a template may still take, and the processor time at which it must have ended
 _left: contextvars.ContextVar[list[float]] = contextvars.ContextVar("left")
@@ -285,7 +285,7 @@ def _measure(value: Any, depth: int = 0) -> tuple[int, int]:
     return size, deepest + 1
 
 
-def _built(value: Any, element: int = _ELEMENT) -> Any:
+def _built(value: Any, element: int = _ELEMENT, measured: tuple[int, int] | None = None) -> Any:
     """`value` itself, which has just been put together, if it is within bounds: so are comparing and printing it.
 
     Its memory is counted, an element of a list at `element` bytes.
@@ -295,11 +295,13 @@ def _built(value: Any, element: int = _ELEMENT) -> Any:
     elif isinstance(value, int) and value.bit_length() > 4 * _MOST_BITS:
         raise _TooMuch("its numbers grow beyond bounds")
     elif isinstance(value, _CONTAINERS):
-        measured = _measure(value)
+        measured = measured or _measure(value)
         memory = _measured.get({})
-        if len(memory) >= 64:
-            memory.clear()
-        memory[id(value)] = (value, *measured)
+        if measured[0] >= 1000:  # others are measured again as quickly
+            memory.pop(id(value), None)
+            if len(memory) >= 64:
+                del memory[next(iter(memory))]  # the oldest
+            memory[id(value)] = (value, *measured)
         _spend(1 + element * len(value) // 512)
     return value
 
@@ -377,8 +379,8 @@ def _environment() -> Any:
             return Counted().visit(super()._parse(source, name, filename))
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            _check_operation(operator, left, right)
-            return _built(super().call_binop(context, operator, left, right))
+            measured = _check_operation(operator, left, right)
+            return _built(super().call_binop(context, operator, left, right), measured=measured)
 
         def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
             _check_call(__obj, (*args, *kwargs.values()))
@@ -469,21 +471,23 @@ def _environment() -> Any:
     return environment
 
 
-def _check_operation(operator: str, left: Any, right: Any) -> None:
-    """Refuse what would make a number or text of any size."""
+def _check_operation(operator: str, left: Any, right: Any) -> tuple[int, int] | None:
+    """Refuse what would make a number or text of any size. Of what makes a list, what `_measure` will say of it."""
     if isinstance(left, int) and isinstance(right, int):
         bits = left.bit_length() * (max(right, 1) if operator == "**" else 1) + right.bit_length()
         if operator in ("*", "**") and bits > _MOST_BITS:
             raise _TooMuch("its numbers grow beyond bounds")
-        return
-    if operator == "%" and isinstance(left, str):
+    elif operator == "%" and isinstance(left, str):
         _check_directives(left, right)
     elif operator in ("+", "*"):
-        size = sum(_measure(side)[0] for side in (left, right) if not isinstance(side, int))
+        sides = [_measure(side) for side in (left, right) if not isinstance(side, int)]
+        size, depth = sum(side[0] for side in sides), max(side[1] for side in sides)
         if operator == "*":
             size *= max(next((side for side in (left, right) if isinstance(side, int)), 1), 0)
         if size > _LARGEST_CHAT:
             raise _TooMuch(f"it puts together more than {_LARGEST_CHAT} characters")
+        return size, depth
+    return None
 
 
 def _check_directives(text: str, values: Any) -> None:
@@ -496,7 +500,8 @@ def _check_fields(text: str, values: Any) -> None:
     """Refuse a format with `{}` whose result could be long."""
     plain = text[: _LONGEST_FORMAT + 1].replace("{{", "").replace("}}", "")
     odd = len(text) > _LONGEST_FORMAT or _PATH.search(plain)
-    widths = ["*"] if odd else [n for field in re.findall(r":([^{}]*)\}", plain) for n in re.findall(r"\d+", field)]
+    fields = re.findall(r"\{[^{}]*?:([^{}]*)", plain)
+    widths = ["*"] if odd else re.findall(r"\d+", " ".join(fields))
     _check_format(plain.count("{"), widths, values)
 
 

@@ -98,4 +98,38 @@ THINKING = """\
 {{ documents }} {{ enable_thinking is defined }}
 """
 
-TEMPLATES = {"chatml": CHATML, "llama": LLAMA, "gemma": GEMMA, "mistral": MISTRAL, "thinking": THINKING}
+KEEPING = """\
+{%- set ns = namespace(all=[], text='', last=messages|length - 1) %}
+{%- macro show(a, b, names={}) %}{{ names.get(a, a) }}: {{ b }}{% endmacro %}
+{%- for m in messages %}
+    {%- set ns.all = ns.all + [m] %}{%- set ns.text = ns.text ~ m.role ~ ' ' %}
+    {%- set content = m.content if m.content is string else '' %}
+    {%- if '</think>' in content %}
+        {%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1] %}
+        {%- set content = thought + content.rsplit('</think>', 1)[1] %}
+    {%- endif %}
+    {{- show(m.role, content, names={'assistant': 'model'}) }}
+    {%- for call in m.tool_calls or [] if call.function %}
+        {{- '<call>{"name": "%s", "arguments": %s}' % (call.function.name, call.function.arguments | tojson) }}
+    {%- endfor %}
+    {%- for later in messages[loop.index:loop.index + 2] %} {{ later.role }}{%- endfor %}
+{%- endfor %}
+{{ ns.all | selectattr('role', 'equalto', 'user') | list | length }} {{ ns.all | map(attribute='role') | join('+') }}
+{{ '{:>6}|{}: {}'.format(ns.last, 'a', messages[0].role) }} {{ '%5.1f' % 2.25 }}
+{{ 2.25 | round(1) }} {{ ns.text|title }}
+{% set d = {'b': [1, {'c': none}], 'a': messages[0]} %}{{ d | tojson(indent=4) }} {{ d | dictsort | length }}
+{% set x %}one
+two {{ messages | length }}{% endset %}{{ x | indent(4) }} {{ x | replace('o', '0') }}
+{{ d.keys() | sort | join(", ") }}
+{% for k, v in d | items %}{{ k }}{% endfor %} {{ messages | map(attribute='role') | unique | list }}
+{{ [3, 1] | min }}
+"""
+
+TEMPLATES = {
+    "chatml": CHATML,
+    "llama": LLAMA,
+    "gemma": GEMMA,
+    "mistral": MISTRAL,
+    "thinking": THINKING,
+    "keeping": KEEPING,
+}

@@ -40,6 +40,7 @@ _NEW = 64  # bytes of an element that was made for the list
 _SECONDS = 5.0  # of this thread's processor time, for steps that take long, looked at in every step
 _CALL = 8  # of them for a call, which takes so much longer than a turn
 _MOST_BITS = 1 << 12  # of an integer
+_MOST_KEYS = 1 << 12  # of a dict in the template; all of them can have one hash
 _AGAIN = "mend the file, or export the bundle again"
 # the tokens that a tokenizer of transformers has names for
 _TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -362,7 +363,11 @@ def _environment() -> Any:
             return node if written else self._count(node)
 
         visit_Tuple = visit_List
-        visit_Dict = visit_List
+
+        def visit_Dict(self, node: Any) -> Any:
+            if len(node.items) > _MOST_KEYS:
+                raise _TooMuch(f"it writes a dict of more than {_MOST_KEYS} keys")
+            return self.visit_List(node)
 
         def visit_Getitem(self, node: Any) -> Any:
             self.generic_visit(node)
@@ -385,6 +390,9 @@ def _environment() -> Any:
         def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
             _check_call(__obj, (*args, *kwargs.values()))
             args = tuple(watch(value) for value in args)
+            keyed = isinstance(__obj, Dict) or getattr(__obj, "__name__", "") == "fromkeys"
+            if keyed and args and isinstance(args[0], list | tuple | range):
+                args = (_watched(args[0]), *args[1:])  # keys of one hash take long, all together
             return _built(super().call(__context, __obj, *args, **kwargs), _NEW)
 
         def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
@@ -531,10 +539,12 @@ def _check_call(function: Any, values: Sequence[Any]) -> None:
 
 
 def _refuse(message: object) -> None:
-    raise _Refusal(str(message))
+    raise _Refusal(str(message)[:1000])
 
 
 def _now(pattern: str) -> str:
+    if len(pattern) > 1000:
+        raise _TooMuch("its formats are long, wide, or reach into values")
     return datetime.datetime.now().strftime(pattern)
 
 

@@ -203,7 +203,10 @@ def test_a_bare_stop_token_of_a_line_is_of_that_line_alone(bundle: Path, model: 
 @pytest.mark.parametrize(
     ("args", "match"),
     [
-        (["w5 " * 70, "--max-length", 64], "the longest prompt has 71 tokens, max_length allows at most 64 with a new one; cut"),
+        (
+            ["w5 " * 70, "--max-length", 64],
+            "the longest prompt has 71 tokens, max_length allows at most 64 with a new one; cut",
+        ),
         (["w5", "--max-new-tokens", 20, "--max-length", 10], "22 in all, max_length allows at most 10"),
         ([""], "prompt 0 is empty"),
         (["w5", "--temperature", -1], "temperature must be a number from 0 on, got -1.0"),
@@ -291,7 +294,9 @@ def on_terminal(bundle: Path, *args: object) -> str:
 
 def test_on_a_terminal(bundle: Path, model: MultiAdapterModel) -> None:
     one, other = model.generate(["w5 w6", "w7"], "a", max_new_tokens=7)
-    assert on_terminal(bundle, "w5 w6", "--adapter", "a", "--max-new-tokens", 7) == f"{one.text}\n"
+    assert (one.finish, len(one.tokens)) == ("length", 7)
+    told = "(cut after 7 tokens; --max-new-tokens for more)\n"
+    assert on_terminal(bundle, "w5 w6", "--adapter", "a", "--max-new-tokens", 7) == f"{one.text}\n{told}"
     shown = on_terminal(bundle, "w5 w6", "w7", "--adapter", "a", "--max-new-tokens", 7)
     assert str(one.text) in shown
     assert str(other.text) in shown

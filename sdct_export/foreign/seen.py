@@ -60,8 +60,7 @@ def see(graph: ir.Graph, model: nn.Module) -> Seen:
     known = {f"{path}.weight" for path in match.pieces}
     arrays = _Arrays(graph)
     tables: dict[str, Array] = {}
-    altered: list[str] = []
-    uncompared: list[str] = []
+    lacking: dict[str, Array] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in known or not tensor.is_floating_point() or not tensor.numel():
             continue
@@ -72,8 +71,9 @@ def see(graph: ir.Graph, model: nn.Module) -> Seen:
         if found is not None:
             tables[name] = found
         else:
-            (altered if arrays.resembles(array) else uncompared).append(name)
-    return Seen(match, tables, tuple(altered), tuple(uncompared))
+            lacking[name] = array
+    altered = [name for name, array in lacking.items() if arrays.resembles(array)]
+    return Seen(match, tables, tuple(altered), tuple(name for name in lacking if name not in altered))
 
 
 class _Arrays:
@@ -87,18 +87,24 @@ class _Arrays:
             array = numbers_of(value)
             if array is not None:
                 self._by_rank.setdefault(array.ndim, []).append(array)
+        self._known: set[int] = set()  # those that `has` found to be one of the base's
         self._tables = [found for node in graph if (found := table(node)) is not None]
 
     def has(self, wanted: Array) -> bool:
         """Whether the numbers of `wanted` are here: as they are, transposed, among others of one dimension, plus 1."""
         if wanted.ndim == 1:
             plain = wanted.astype(np.float32)
-            return any(_contains(array, own) for own in (wanted, plain + 1) for array in self._by_rank.get(1, ()))
+            ways = ((own, array) for own in (wanted, plain + 1) for array in self._by_rank.get(1, ()))
+            found = next((array for own, array in ways if _contains(array, own)), None)
+            if found is not None and found.shape == wanted.shape:
+                self._known.add(id(found))
+            return found is not None
         turned = wanted.T if wanted.ndim == 2 else wanted
         for array in self._by_rank.get(wanted.ndim, ()):
             for own in (wanted, turned):
                 first = (0,) * (own.ndim - 1)
                 if own.shape == array.shape and same_numbers(own[first], array[first]) and same_numbers(own, array):
+                    self._known.add(id(array))
                     return True
         return False
 
@@ -109,18 +115,21 @@ class _Arrays:
                 seen, reach = found.read(0, *found.shape)
                 assert reach is not None
                 if (np.abs(wanted.astype(np.float32) - seen) <= reach).all():
+                    self._known.add(id(found))
                     return seen
         return None
 
     def resembles(self, wanted: Array) -> bool:
-        """Whether something here of the shape of `wanted` has half of its numbers, but not all."""
+        """Whether something here of the shape of `wanted`, no other tensor of the base's, has half of its numbers."""
         wide = wanted.astype(np.float32)
         for array in self._by_rank.get(wanted.ndim, ()):
+            if id(array) in self._known:
+                continue
             for own in (wide, wide.T) if wanted.ndim == 2 else (wide, wide + 1):
                 if own.shape == array.shape and _near(array, own).mean() >= 0.5:
                     return True
         for found in self._tables:
-            if found.shape == wanted.shape:
+            if found.shape == wanted.shape and id(found) not in self._known:
                 seen, reach = found.read(0, *found.shape)
                 assert reach is not None
                 if (np.abs(wide - seen) <= reach).mean() >= 0.5:

@@ -338,7 +338,9 @@ def _lines_seeds() -> list[Files]:
 
 
 def _read_lines(path: Path) -> None:
-    with (path / "prompts.jsonl").open(encoding="utf-8") as file:
+    name = path / "prompts.jsonl"
+    content = io.BytesIO(name.read_bytes() if name.exists() else b"")  # an empty file is one, too
+    with io.TextIOWrapper(content, encoding="utf-8") as file:
         for i, line in enumerate(generate_lines(file)):
             _adapters_of(line, None, i)
             _prompt(line, True, None)

@@ -49,8 +49,7 @@ def difference(model: Any, prompt: list[int], answer: Generation) -> float:
 
 
 def main(out: Path) -> None:
-    if (out / "base").exists():
-        sys.exit(f"{out} has a model already; give another folder, or remove it")
+    assert not (out / "base").exists(), f"{out} has a model already; give another folder, or remove it"
     logging.disable_progress_bar()
     torch.manual_seed(0)
     tokenizer = new_tokenizer()

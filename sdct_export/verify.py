@@ -239,7 +239,8 @@ def _against_torch(
     if other is not None:
         yield Check("base model", False, f"has another {other!r} than the base this bundle was exported from")
         return
-    yield Check("base model", True, "weights as recorded")
+    whole = bundle.base_hash_dtype in bundle.weights  # a bundle that an older version wrote knows its layers alone
+    yield Check("base model", True, f"weights{'' if whole else ' of the adapted layers'} as recorded")
     if bundle.pooling:
         yield from _below_pooling(bundle, base, source, adapters)
     sight: Seen | QuantizedLayers | None = None

@@ -180,6 +180,17 @@ def attend(
     return output, None
 
 
+def _scored(
+    now: Attention, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values with their pasts, and `cap(scale q k^T)` of query heads that share keys, below each other."""
+    past_key, past_value = now.past(layer, key)
+    key, value = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
+    (batch, heads, length, size), groups = query.shape, key.shape[1]
+    scores = (query * scale).reshape(batch, groups, heads // groups * length, size) @ key.transpose(2, 3)
+    return key, value, scores if softcap is None else torch.tanh(scores / softcap) * softcap
+
+
 def _standard(
     now: Attention,
     layer: int,
@@ -191,13 +202,8 @@ def _standard(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`softmax(cap(scale q k^T) + bias) v`; the query heads that share keys stand in rows below each other."""
-    past_key, past_value = now.past(layer, key)
-    key, value = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
+    key, value, scores = _scored(now, layer, query, key, value, scale, softcap)
     (batch, heads, length, size), groups = query.shape, key.shape[1]
-    rows = (query * scale).reshape(batch, groups, heads // groups * length, size)
-    scores = rows @ key.transpose(2, 3)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
     scores = scores.reshape(batch, groups, heads // groups, length, key.shape[2]) + now.bias(window, query.dtype)
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
     output = weights.reshape(batch, groups, heads // groups * length, key.shape[2]) @ value
@@ -220,12 +226,8 @@ def _fusable(
     it is. Its parser knows ONNX's Attention from 10.14 on only, refuses soft caps, and makes a layer of it that does
     not build where no such kernel fits.
     """
-    past_key, past_value = now.past(layer, key)
-    key, value = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
+    key, value, scores = _scored(now, layer, query, key, value, scale, softcap)
     (batch, heads, length, size), groups = query.shape, key.shape[1]
-    scores = (query * scale).reshape(batch, groups, heads // groups * length, size) @ key.transpose(2, 3)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
     scores = scores + now.tiled(window, heads // groups)
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).reshape(batch, heads, length, size).transpose(1, 2), key, value
